@@ -1,0 +1,10 @@
+# gsm8k_jepa without JEPA: the plain language model on the same seed, data order and code path.
+# jepa_weight alone differs (a test holds the two files to that).
+dataset = "gsm8k"
+tokenizer = "gpt2"
+n_layer = 6
+n_head = 8
+n_embd = 512
+max_iters = 500
+batch_size = 16
+jepa_weight = 0.0

@@ -1,0 +1,9 @@
+dataset = "gsm8k"
+tokenizer = "bpe"
+n_layer = 4
+n_head = 4
+n_embd = 256
+max_iters = 500
+batch_size = 16
+learning_rate = 2e-3
+min_lr = 2e-4

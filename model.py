@@ -1,0 +1,315 @@
+"""A GPT with learnable [PRED] embeddings and a block-causal mask: the whole model, in one file.
+
+    B  rows of a batch        nh  attention heads       V  size of the (padded) vocabulary
+    T  tokens of a row        hs  channels of a head    k  number of [PRED] tokens
+    C  channels (n_embd)
+
+The GPT is nanoGPT's (GPT-2: learned positions, pre-norm, GELU, tied output layer). What is new is
+who may see whom. A row holds several *blocks* of tokens, a block may continue another one, and
+one rule (`block_causal_mask`) gives both the attention mask and the positions. This file knows
+blocks by number only; what they hold is the business of data.py.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import Config
+
+PAD = 0  # block number of padding, by which it is known: no token value is special
+
+
+def visible_blocks(parents: Sequence[int | None]) -> torch.Tensor:
+    """(n, n) bool: may a token of block b see block c? parents[b] is the block that b continues.
+
+    A block sees itself, its parent, its parent's parent, ... A block is numbered after its parent.
+    """
+    sees = torch.eye(len(parents), dtype=torch.bool)
+    for block, parent in enumerate(parents):
+        if parent is not None:
+            assert parent < block, "a block comes after the block it continues"
+            sees[block] |= sees[parent]
+    return sees
+
+
+def block_causal_mask(block: torch.Tensor, sees: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mask and positions of rows of blocks.
+
+    A token sees the earlier tokens of its own block and every token of the blocks it continues:
+
+        q q a a P t t        q = question      continues nothing
+      q 1 . . . . . .        a = answer        continues q
+      q 1 1 . . . . .        P = [PRED]        continues q
+      a 1 1 1 . . . .        t = answer again  continues nothing
+      a 1 1 1 1 . . .
+      P 1 1 . . 1 . .        so a sees q (an ordinary causal language model),
+      t . . . . . 1 .        P never sees a, and t sees neither q nor P
+      t . . . . . 1 1
+
+    Positions count along the same path: a token's position is the number of tokens it sees, less
+    itself, so a block that continues nothing starts at 0, wherever it stands in the row.
+
+    Args:
+        block: (B, T) int, the block each token belongs to; a block stands after its parent.
+        sees: (n, n) bool from `visible_blocks`.
+    Returns:
+        attn_mask (B, T, T) bool, True = may attend; position_ids (B, T) int, padding at 0.
+    """
+    T = block.size(1)
+    earlier = torch.ones(T, T, dtype=torch.bool, device=block.device).tril()
+    attn_mask = sees[block[:, :, None], block[:, None, :]] & earlier
+    position_ids = (attn_mask.sum(-1) - 1).masked_fill(block == PAD, 0)
+    return attn_mask, position_ids
+
+
+def last_hidden(hidden: torch.Tensor, block: torch.Tensor, which: int) -> torch.Tensor:
+    """Hidden state at the last token of block `which`: (B, T, C) and (B, T) -> (B, C)."""
+    T = block.size(1)
+    columns = torch.arange(T, device=block.device)
+    at = torch.where(block == which, columns, -1).amax(1)  # (B,)
+    return hidden[torch.arange(len(at), device=at.device), at]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Softmax attention: q (B, nh, T, hs), k and v (B, nh, S, hs), mask (B, 1, T, S) bool."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # On a CPU with bf16, torch's fused kernel is slower than writing it out: forward and backward
+    # took 43 ms against 14 ms (B 16, nh 8, T 150, hs 64; two cores, torch 2.13).
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1) + bias
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        # Dropout sits here and not on the attention weights: fused kernels would not take those.
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        if cache is not None:  # decoding: add these T tokens to the ones before, see them all
+            k, v = cache.append(k, v)
+        y = attend(q, k, v, mask[:, None])  # (B, nh, T, hs)
+        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        # Exact GELU, as in nanoGPT; GPT-2's tanh form took 2.4 times as long on a CPU in bf16.
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(logits.float(), targets, reduction="sum"), for logits of any dtype.
+
+    With V = 50304 the logits are the largest tensor of a step. torch's own takes five passes over
+    float32 copies of them; this takes two, a few rows at a time so that they stay in the
+    processor's cache, and writes the gradient over the logits.
+    """
+
+    @staticmethod
+    def slices(*tensors):
+        return zip(*(t.split(64) for t in tensors))
+
+    @staticmethod
+    def forward(ctx, logits, targets):  # (N, V), (N,) -> scalar
+        largest = logits.amax(1, keepdim=True).float()
+        lse = torch.empty_like(largest)  # log of the summed exponentials, (N, 1)
+        for rows, top, out in SummedCrossEntropy.slices(logits, largest, lse):
+            exp = rows.to(torch.float32, copy=True).sub_(top).exp_()
+            out.copy_(exp.sum(1, keepdim=True).log_().add_(top))
+        ctx.save_for_backward(logits, lse, targets)
+        return (lse - logits.gather(1, targets[:, None]).float()).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, lse, targets = ctx.saved_tensors
+        for rows, out, at in SummedCrossEntropy.slices(logits, lse, targets[:, None]):
+            softmax = rows.to(torch.float32, copy=True).sub_(out).exp_()
+            rows.copy_(softmax.scatter_add_(1, at, -torch.ones_like(out)).mul_(grad))
+        return logits, None
+
+
+class KVCache:
+    """Keys and values of one layer, (B, nh, S, hs) each, filled from the left."""
+
+    def __init__(self, shape: tuple[int, ...], like: torch.Tensor):
+        self.k, self.v, self.n = like.new_empty(shape), like.new_empty(shape), 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        T = k.size(2)
+        self.k[:, :, self.n : self.n + T], self.v[:, :, self.n : self.n + T] = k, v
+        self.n += T
+        return self.k[:, :, : self.n], self.v[:, :, : self.n]
+
+
+class GPT(nn.Module):
+    """GPT-2 over rows of blocks.
+
+    Args:
+        config: sizes (n_layer, n_head, n_embd, block_size, n_pred), dropout, bias.
+        vocab_size: V, rows of the token table and the output layer.
+        parents: for each block number, the block it continues or None (see `visible_blocks`).
+    """
+
+    def __init__(self, config: Config, vocab_size: int, parents: Sequence[int | None]):
+        super().__init__()
+        self.block_size, self.vocab_size = config.block_size, vocab_size
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        # [PRED] number i is written as token V + i. It lives outside the vocabulary, so it can
+        # be neither a label nor sampled.
+        self.pred = nn.Embedding(config.n_pred, config.n_embd) if config.n_pred else None
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # tied
+        self.register_buffer("sees", visible_blocks(parents), persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: N(0, 0.02); the two projections back into the residual stream N(0, 0.02 /
+        sqrt(2 n_layer)), so that its variance does not grow with depth; biases 0; norms 1.
+        [PRED] comes last: the other weights are then the same whatever k is."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2 and name != "pred.weight":
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(self.h)) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        if self.pred is not None:
+            nn.init.normal_(self.pred.weight, std=0.02)
+
+    def forward(self, idx, block, targets=None):
+        """Hidden states and, where there are labels, the summed cross-entropy.
+
+        Args:
+            idx: (B, T) tokens below V, or V + i for [PRED] number i.
+            block: (B, T) the block of each token.
+            targets: (B, T) next tokens, -1 where there is no label; None skips the output layer.
+        Returns:
+            hidden (B, T, C) after the final norm; the sum (not the mean: the caller knows how
+            many labels its whole step has) of the cross-entropy in nats, or None.
+        """
+        attn_mask, position_ids = block_causal_mask(block, self.sees)
+        hidden = self.encode(idx, position_ids, attn_mask)
+        if targets is None:
+            return hidden, None
+        # The output layer is the widest of all: run it on labelled positions only.
+        labelled = targets != -1
+        logits = self.lm_head(hidden[labelled])  # (labels, V)
+        return hidden, SummedCrossEntropy.apply(logits, targets[labelled])
+
+    def encode(self, idx, position_ids, attn_mask, caches=None):
+        """Token embeddings through all layers: (B, T) -> hidden (B, T, C)."""
+        x = self.wte(idx.clamp(max=self.vocab_size - 1))
+        if self.pred is not None:
+            is_pred = idx >= self.vocab_size
+            pred = self.pred((idx - self.vocab_size).clamp(min=0))
+            x = torch.where(is_pred[..., None], pred, x)
+        x = self.drop(x + self.wpe(position_ids))
+        for i, layer in enumerate(self.h):
+            x = layer(x, attn_mask, caches[i] if caches else None)
+        return self.ln_f(x)
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, eot, *, temperature=1.0, top_k=0, top_p=1.0, seed=0,
+                 cached=True):
+        """Continue token lists of any lengths, as one batch with a key/value cache.
+
+        Args:
+            prompts: lists of token ids, each of 1 to block_size.
+            eot: end of text. It stops a row, and is the largest id that may be drawn (separator
+                and padding of the table lie above it).
+            temperature, top_k, top_p: 0 is greedy; top_k=0 and top_p=1 switch those off.
+            cached: False recomputes every row from its first token, the slow and obvious way
+                that the tests hold the cache against.
+        Returns:
+            a list of new tokens per prompt; it ends in eot where the model stopped by itself.
+        """
+        assert prompts and all(0 < len(p) <= self.block_size for p in prompts)
+        device = self.wte.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        length = torch.tensor([len(p) for p in prompts], device=device)
+        B, width = len(prompts), max(len(p) for p in prompts)
+        S = width + max_new_tokens
+        # Prompts are padded on the right; new tokens of all rows go to column width, width + 1, ...
+        tokens = torch.zeros(B, S, dtype=torch.long, device=device)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        columns = torch.arange(S, device=device)
+        real = (columns < length[:, None]) | (columns >= width)  # (B, S): a token, not padding
+        position_ids = torch.where(columns < width, columns, columns - width + length[:, None])
+        # A full row goes on with the last position, unread: it is cut below.
+        position_ids = position_ids.clamp(max=self.block_size - 1)
+        earlier = torch.ones(S, S, dtype=torch.bool, device=device).tril()
+        mask = earlier & (real[:, None, :] | torch.eye(S, dtype=torch.bool, device=device))
+
+        caches = None
+        if cached:
+            attn = self.h[0].attn
+            shape = (B, attn.n_head, S, attn.c_attn.in_features // attn.n_head)
+            # One token through the first layer's projection tells which dtype autocast will use.
+            like = attn.c_attn(self.wte.weight[:1])
+            caches = [KVCache(shape, like) for _ in self.h]
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        start = 0
+        for new in range(width, S):
+            hidden = self.encode(
+                tokens[:, start:new], position_ids[:, start:new], mask[:, start:new, :new], caches
+            )
+            # The last token of a row is its prompt's end at first, then the newest column.
+            at = length - 1 if new == width else torch.full_like(length, new - 1)
+            logits = self.lm_head(hidden[torch.arange(B, device=device), at - start]).float()
+            tokens[:, new] = sample(logits[:, : eot + 1], temperature, top_k, top_p, generator)
+            done |= (tokens[:, new] == eot) | (length + new - width + 1 >= self.block_size)
+            if done.all():
+                break
+            start = new if cached else 0
+        rows = [tokens[i, width : width + self.block_size - len(p)].tolist()
+                for i, p in enumerate(prompts)]
+        return [row[: row.index(eot) + 1] if eot in row else row for row in rows]
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """Draw a token per row: logits (B, V) -> (B,). Temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    sorted_logits, order = (logits / temperature).sort(-1, descending=True)
+    probs = sorted_logits.softmax(-1)
+    # top-p keeps the smallest set of tokens whose probability reaches p, never less than one.
+    keep = probs.cumsum(-1) - probs < top_p
+    if top_k:
+        keep[:, top_k:] = False
+    drawn = torch.multinomial(probs * keep, 1, generator=generator)
+    return order.gather(-1, drawn)[:, 0]

@@ -1,0 +1,198 @@
+"""What the scripts share about a run (a folder under out/): device, checkpoints, held-out pairs."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config, fail
+from data import CODE, PARENTS, PRED, TARGET, TEXT, Pairs, Tokenizer, gpt2_tokenizer
+from model import GPT, last_hidden
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
+    """The device, and a function that opens the autocast context for its dtype."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"device={device} cannot be used here: {str(error).splitlines()[0]}")
+    if dtype == "auto":
+        if chosen.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # without these instructions a CPU is slower in bf16 than in fp32
+            has = torch.cpu.get_capabilities() if chosen.type == "cpu" else {}
+            fast = has.get("avx512_bf16") or has.get("amx_bf16")
+        dtype = "bfloat16" if fast else "float32"
+    if chosen.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # By default glibc returns every large tensor to the kernel, which then hands out zeroed
+        # pages anew: 60 % of the output layer's time. Keep freed memory (M_MMAP_THRESHOLD = -3,
+        # M_TRIM_THRESHOLD = -1).
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)
+
+    def autocast():
+        if dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(chosen.type, torch.bfloat16)
+
+    threads = f", {torch.get_num_threads()} threads" if chosen.type == "cpu" else ""
+    print(f"device {chosen} {dtype}{threads}")
+    return chosen, autocast
+
+
+def versions() -> dict[str, str]:
+    """Commit, torch, python, machine and time, for the provenance of a result."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    return {
+        "commit": commit or "unknown", "torch": torch.__version__,
+        "python": platform.python_version(), "machine": platform.machine(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write all of it or nothing: a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The saved state, on the CPU; one line and exit 2 for a file that is no sound checkpoint."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load itself does not notice a flipped byte
+        if damaged:
+            fail(f"checkpoint {path} is damaged (in {damaged}); train again or use another one")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no checkpoint {path}; train first: python train.py config/gsm8k_jepa.py")
+    except Exception as error:  # not a zip archive, not torch's, not weights only, ...
+        fail(f"{path} is not a readable checkpoint ({type(error).__name__}: "
+             f"{str(error).splitlines()[0][:80] if str(error) else ''})")
+    if not isinstance(state, dict) or state.get("format") != "nanoJEPA 1":
+        fail(f"{path} was not written by this train.py; give a ckpt.pt that was")
+    return state
+
+
+@dataclass
+class Run:
+    """A trained model with what is needed to use it."""
+
+    name: str
+    path: Path
+    config: Config
+    model: GPT
+    tokenizer: Tokenizer
+    step: int
+    provenance: dict[str, Any]
+
+
+def load_run(path: Path, device: torch.device) -> Run:
+    """The run at `path`, a folder (its last checkpoint) or a checkpoint file, ready to evaluate."""
+    path = path / "ckpt.pt" if path.is_dir() else path
+    state = read_checkpoint(path)
+    config = config_of(state, path)
+    tokenizer = tokenizer_of(state, path)
+    model = GPT(config, tokenizer.vocab_size, PARENTS)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        fail(f"{path}: its weights do not fit its config ({str(error).splitlines()[0]})")
+    return Run(path.parent.name, path, config, model.to(device).eval(), tokenizer, state["step"],
+               state["provenance"])
+
+
+def config_of(state: dict[str, Any], path: Path) -> Config:
+    unknown = set(state["config"]) - {f.name for f in fields(Config)}
+    if unknown:
+        fail(f"{path} has config fields that this version lacks: {', '.join(sorted(unknown))}")
+    return Config(**state["config"])
+
+
+def tokenizer_of(state: dict[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer a checkpoint was trained with: bpe is stored in it, gpt2 is rebuilt."""
+    saved = state["tokenizer"]
+    tokenizer = Tokenizer.parse("bpe", saved["ranks"]) if saved["ranks"] else gpt2_tokenizer()
+    if tokenizer.sha256 != saved["sha256"]:
+        fail(f"{path} was made with another tokenizer ({saved['name']} {saved['sha256'][:12]}, "
+             f"here {tokenizer.sha256[:12]}); its answers would be noise")
+    return tokenizer
+
+
+def checkpoint_state(config: Config, model: GPT, tokenizer: Tokenizer, **more) -> dict[str, Any]:
+    """What every checkpoint holds; plain types only, so that it loads without running code."""
+    ranks = tokenizer.dump() if tokenizer.name == "bpe" else ""
+    return {
+        "format": "nanoJEPA 1", "config": asdict(config), "model": model.state_dict(),
+        "tokenizer": {"name": tokenizer.name, "ranks": ranks, "sha256": tokenizer.sha256}, **more,
+    }  # fmt: skip
+
+
+def runs_newest_first() -> list[Path]:
+    """The folders under out/ that hold a checkpoint."""
+    found = sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    if not found:
+        fail("no run under out/ yet; train one first: python train.py config/gsm8k_jepa.py")
+    return [path.parent for path in found]
+
+
+# --- held-out pairs ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_pairs(model: GPT, pairs: Pairs, n: int, device: torch.device, autocast):
+    """Cross-entropy and both views' embeddings of the first n pairs of a split.
+
+    Returns: mean cross-entropy per label in nats; pred and target, (n, C) float32 on the CPU.
+    """
+    n = min(n, len(pairs))
+    order = sorted(range(n), key=lambda i: pairs.lengths[i].sum())  # little padding
+    pred_block = PRED if pairs.config.n_pred else TEXT
+    pred = torch.empty(n, pairs.config.n_embd)
+    target = torch.empty_like(pred)
+    ce, n_labels = 0.0, 0
+    was_training = model.training
+    model.eval()
+    for begin in range(0, n, 16):
+        at = order[begin : begin + 16]
+        rows = pairs.pack(at, (TEXT, CODE, PRED, TARGET)).to(device)
+        with autocast():
+            hidden, ce_sum = model(*rows)
+        ce, n_labels = ce + ce_sum.item(), n_labels + (rows.targets != -1).sum().item()
+        pred[at] = last_hidden(hidden, rows.block, pred_block).float().cpu()
+        target[at] = last_hidden(hidden, rows.block, TARGET).float().cpu()
+    model.train(was_training)
+    return ce / n_labels, pred, target
+
+
+def exit_quietly(main) -> None:
+    """Run a script's main; Ctrl-C before it has its own handler ends in a line, not a traceback."""
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,325 @@
+"""Train a GPT on cross-entropy and a JEPA loss between two views of each pair.
+
+    python train.py config/gsm8k_jepa.py [--key=value ...]      (--help lists the keys)
+
+A flat script: read main() from top to bottom. The objective is the line that sets `loss`.
+"""
+
+import json
+import math
+import shutil
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import Config, fail, load_config
+from data import LANGUAGE_MODEL, PARENTS, PRED, TARGET, TEXT, load_data
+from jepa import alignment, collapsed, distance, spread
+from model import GPT, last_hidden
+from run import (
+    checkpoint_state,
+    config_of,
+    encode_pairs,
+    exit_quietly,
+    pick_device,
+    read_checkpoint,
+    save_checkpoint,
+    versions,
+)
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    last = max(config.lr_decay_iters or config.max_iters, config.warmup_iters + 1)
+    progress = min(1, (step - config.warmup_iters) / (last - config.warmup_iters))
+    half_cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.min_lr + half_cosine * (config.learning_rate - config.min_lr)
+
+
+def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
+    """AdamW over every parameter once; weight decay on matrices only."""
+    parameters = list(model.parameters())  # the tied output layer comes once
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+
+
+def skips_jepa(step: int, config: Config) -> bool:
+    """Loss dropout: a step skips the JEPA term and its cost. Weight 0 skips it always."""
+    if config.jepa_weight == 0:
+        return True
+    return np.random.default_rng((config.seed, step)).random() < config.jepa_dropout
+
+
+def main(argv: list[str]) -> None:
+    started = time.time()
+    config = load_config(argv)
+    out_dir = Path(config.out_dir)
+    resume = config.init_from == "resume"
+    saved = read_checkpoint(out_dir / "ckpt.pt") if resume else None
+    if resume:
+        check_resume(config, config_of(saved, out_dir / "ckpt.pt"), out_dir)
+
+    # --- data, model, optimizer
+    device, autocast = pick_device(config.device, config.dtype)
+    data = load_data(config)
+    train, tokenizer = data.pairs["train"], data.tokenizer
+    if resume and saved["provenance"]["data"] != data.provenance:
+        was, now = saved["provenance"]["data"], data.provenance
+        changed = [k for k in now if was.get(k) != now[k]]
+        fail(f"{out_dir}/ckpt.pt saw other data or another tokenizer: {', '.join(changed)} changed")
+
+    torch.manual_seed(config.seed)
+    model = GPT(config, tokenizer.vocab_size, PARENTS).to(device)
+    optimizer = make_optimizer(model, config)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"model {n_parameters / 1e6:.1f}M parameters, {config.max_iters} steps, run {out_dir}")
+    step, tokens_seen, seconds, best_ce = 0, 0, 0.0, math.inf
+    if resume:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, tokens_seen, seconds = saved["step"], saved["tokens"], saved["seconds"]
+        best_ce = saved["best_ce"]
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"], device)
+    elif (out_dir / "ckpt.pt").exists():
+        print(f"moved the earlier run to {set_aside(out_dir)}")
+    if config.compile and device.type == "cuda":
+        compile_or_not(model, data, device, autocast)
+
+    # --- the run's folder
+    provenance = {"data": data.provenance, **versions(), "command": " ".join(argv)}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    about = {"config": asdict(config), "provenance": provenance, "parameters": n_parameters}
+    (out_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+    metrics_path = out_dir / "metrics.jsonl"
+    kept = [r for r in read_metrics(metrics_path) if r["step"] < step] if resume else []
+    metrics_path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def log(**record):
+        with open(metrics_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def save(name, **more):
+        state = checkpoint_state(config, model, tokenizer, step=step, provenance=provenance, **more)
+        save_checkpoint(out_dir / name, state)
+
+    def save_last():
+        cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        save("ckpt.pt", optimizer=optimizer.state_dict(), tokens=tokens_seen, seconds=seconds,
+             best_ce=best_ce, rng=torch.get_rng_state(), cuda_rng=cuda_rng)
+
+    # Ctrl-C and SIGTERM finish the step, save and exit; a second one ends at once.
+    stop_signal = 0
+
+    def on_signal(number, frame):
+        nonlocal stop_signal
+        stop_signal = number
+        signal.signal(number, signal.SIG_DFL)
+        print(f"\n{signal.Signals(number).name}: saving after this step", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    # --- training
+    k_block = PRED if config.n_pred else TEXT  # where Pred(text) is read
+    n_micro = config.gradient_accumulation_steps
+    warned, measures, recent = False, {}, []
+    model.train()
+    print(f"ready after {time.time() - started:.1f} s")
+    while True:
+        last = step == config.max_iters
+
+        # once in a while: evaluate on the same held-out pairs, and save
+        if (step > 0 and step % config.eval_interval == 0) or last:
+            val_ce, pred, target = encode_pairs(
+                model, data.pairs["val"], config.eval_pairs, device, autocast
+            )
+            measures = alignment(pred, target)
+            val_jepa = distance(pred, target, config.jepa_loss).item()
+            log(step=step, val_ce=val_ce, val_jepa=val_jepa, tokens=tokens_seen, seconds=seconds,
+                **{f"val_{name}": value for name, value in measures.items()},
+                val_effective_rank=min(measures["effective_rank_pred"],
+                                       measures["effective_rank_target"]))
+            print(f"step {step}: val ce {val_ce:.4f} | jepa {val_jepa:.4f} | "
+                  + panel(measures, len(pred)), flush=True)
+            if config.jepa_weight and collapsed(measures) and not warned and not last:
+                warned = True
+                print("warning: COLLAPSE. Wrong question/answer pairs score almost the cosine of "
+                      "right ones:\n  the JEPA loss is low because all embeddings point one way. "
+                      "A spread term prevents it (--spread=...).")
+            if val_ce < best_ce:
+                best_ce = val_ce
+                save("best.pt")
+            save_last()
+            plot_losses(metrics_path, out_dir / "loss.png")
+        elif stop_signal:
+            save_last()
+        if stop_signal:
+            print(f"saved {out_dir}/ckpt.pt at step {step}; --init_from=resume goes on from there")
+            raise SystemExit(128 + stop_signal)
+        if last:
+            break
+
+        # one step: n_micro micro-batches, then the update
+        t0 = time.time()
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with_jepa = not skips_jepa(step, config)
+        # The target shares the row of its question and answer, unless it needs no gradient:
+        # then it runs in a pass of its own, forward only.
+        blocks = LANGUAGE_MODEL + (PRED,) * with_jepa
+        blocks += (TARGET,) * (with_jepa and not config.stop_grad)
+        examples = [train.batch(step * n_micro + i) for i in range(n_micro)]
+        batches = [train.pack(rows, blocks) for rows in examples]
+        # Mean over all labels of the step, not of a micro-batch: n_micro micro-batches give the
+        # gradient of one large batch, for both losses alike.
+        n_labels = sum((rows.targets != -1).sum().item() for rows in batches)
+        total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0, "loss": 0.0}
+        for examples_i, rows in zip(examples, batches):
+            tokens_seen += (rows.block != 0).sum().item()
+            rows = rows.to(device)
+            with autocast():
+                hidden, ce_sum = model(*rows)
+                if with_jepa and config.stop_grad:
+                    own = train.pack(examples_i, (TARGET,)).to(device)
+                    tokens_seen += (own.block != 0).sum().item()
+                    with torch.no_grad():
+                        target = last_hidden(model(own.idx, own.block)[0], own.block, TARGET)
+                elif with_jepa:
+                    target = last_hidden(hidden, rows.block, TARGET)
+            ce = ce_sum / n_labels
+            jepa = regularizer = torch.zeros((), device=device)
+            if with_jepa:
+                pred = last_hidden(hidden, rows.block, k_block)  # (B, C)
+                jepa = distance(pred, target, config.jepa_loss) / n_micro
+                if config.spread != "none":
+                    regularizer = spread(pred, target, config.spread) / n_micro
+            loss = (
+                config.ce_weight * ce
+                + config.jepa_weight * jepa
+                + config.spread_weight * regularizer
+            )
+            loss.backward()
+            for name, value in zip(total, (ce, jepa, regularizer, loss)):
+                total[name] += value.item()
+        norm = torch.nn.utils.clip_grad_norm_(
+            model.parameters(), config.grad_clip or math.inf
+        ).item()
+        if not (math.isfinite(total["loss"]) and math.isfinite(norm)):
+            fail(f"loss {total['loss']} with gradient norm {norm} at step {step}: stopped before "
+                 f"the update; {out_dir} keeps the last checkpoint, a lower learning_rate may help")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # report
+        took = time.time() - t0
+        seconds += took
+        recent = [*recent[-19:], (took, tokens_seen)]
+        jepa_terms = {} if not with_jepa else {k: total[k] for k in ("jepa", "spread")}
+        log(step=step, ce=total["ce"], **jepa_terms, loss=total["loss"], lr=lr, grad_norm=norm,
+            tokens=tokens_seen, seconds=seconds)
+        if step % config.log_interval == 0:
+            mean_took = sum(t for t, _ in recent[1:] or recent) / len(recent[1:] or recent)
+            rate = (recent[-1][1] - recent[0][1]) / sum(t for t, _ in recent[1:] or recent)
+            eta = (config.max_iters - step - 1) * mean_took
+            shown = f"jepa {total['jepa']:.4f}" if with_jepa else "jepa -"
+            cosine = (f"cos {measures['matched']:.2f}/{measures['mismatched']:.2f} | "
+                      if measures else "")
+            print(f"step {step}/{config.max_iters} | loss {total['loss']:.4f} | ce "
+                  f"{total['ce']:.4f} | {shown} | {cosine}{rate:,.0f} tokens/s | "
+                  f"{1e3 * took:.0f} ms | ETA {eta // 60:.0f}:{eta % 60:02.0f}", flush=True)
+        step += 1
+
+    verdict = "COLLAPSED" if collapsed(measures) else "not collapsed"
+    print(f"done in {time.time() - started:.0f} s: {out_dir}/ckpt.pt, embeddings {verdict}. "
+          "Next: python sample.py, python eval_alignment.py")
+
+
+def panel(measures: dict[str, float], n: int) -> str:
+    """The numbers of jepa.alignment in a line, with what chance gives."""
+    return (
+        f"cosine matched {measures['matched']:.3f} mismatched {measures['mismatched']:.3f} | "
+        f"retrieval@1 {measures['retrieval_at_1']:.3f} of {n} (chance {1 / n:.3f}) | effective "
+        f"rank {measures['effective_rank_pred']:.1f} / {measures['effective_rank_target']:.1f}"
+    )
+
+
+def check_resume(config: Config, saved: Config, out_dir: Path) -> None:
+    """Only how long and where to run may differ from the interrupted run."""
+    free = dict(init_from="", out_dir="", recipe="", max_iters=1, device="", compile=True,
+                data_dir="", eval_interval=1, log_interval=1)  # fmt: skip
+    now, was = asdict(replace(config, **free)), asdict(replace(saved, **free))
+    changed = [f"{k} was {was[k]!r}, is {now[k]!r}" for k in now if was[k] != now[k]]
+    if changed:
+        fail(f"{out_dir}/ckpt.pt cannot be resumed with another config: {'; '.join(changed)}")
+
+
+def set_aside(out_dir: Path) -> Path:
+    """Move a finished run out of the way of a new one with its name: nothing is overwritten."""
+    earlier = out_dir.parent / "earlier"
+    earlier.mkdir(exist_ok=True)
+    number = 1
+    while (earlier / f"{out_dir.name}-{number}").exists():
+        number += 1
+    return Path(shutil.move(out_dir, earlier / f"{out_dir.name}-{number}"))
+
+
+def compile_or_not(model: GPT, data, device: torch.device, autocast) -> None:
+    """Compile forward in place, or say why not and go on uncompiled."""
+    rows = data.pairs["train"].pack(data.pairs["train"].batch(0), LANGUAGE_MODEL).to(device)
+    try:
+        model.compile(dynamic=True)
+        with autocast():
+            model(*rows)[1].backward()
+        print("compiled")
+    except Exception as error:  # no compiler, an unsupported GPU, ...
+        model._compiled_call_impl = None
+        print(f"not compiled, running eagerly: {type(error).__name__}: {error}".splitlines()[0])
+    model.zero_grad(set_to_none=True)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of metrics.jsonl; a line that a kill cut short is dropped."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def plot_losses(metrics_path: Path, path: Path) -> None:
+    """Training and validation losses over steps, one panel per term."""
+    from matplotlib.figure import Figure  # takes a second to import, and needs no display
+
+    records = read_metrics(metrics_path)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axis, term, label in zip(
+        figure.subplots(1, 2), ("ce", "jepa"), ("cross-entropy, nats per label", "JEPA distance")
+    ):
+        for key, style in ((term, dict(lw=0.8, alpha=0.7)), (f"val_{term}", dict(marker="o"))):
+            points = [(r["step"], r[key]) for r in records if key in r]
+            if points:
+                name = "validation" if key.startswith("val_") else "training"
+                axis.plot(*zip(*points), label=name, **style)
+        axis.set(title=label, xlabel="step")
+        axis.legend(frameon=False)
+    figure.suptitle(metrics_path.parent.name)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    exit_quietly(main)
