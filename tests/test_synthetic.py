@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
 import synthetic
 from synthetic import TEMPLATES, Draw, fill, word_problems
 
+ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
 NAMED_TEMPLATES = [pytest.param(t, id=t.__name__) for s in SPLITS for t in TEMPLATES[s]]
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
