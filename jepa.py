@@ -105,9 +105,13 @@ def effective_rank(x: torch.Tensor) -> float:
     return math.exp(torch.special.entr(p).sum().item())
 
 
-def collapsed(measures: dict[str, float]) -> bool:
-    """The rule behind every warning: wrong pairs score more than 0.9 of what right ones do."""
-    return measures["mismatched"] > 0.9 * measures["matched"]
+def verdict(measures: dict[str, float]) -> str:
+    """`alignment` in words. Wrong pairs that score more than 0.9 of what right ones do are not
+    told apart; "collapsed" if that score is high (all embeddings point one way), else merely
+    "not aligned", as an untrained model is."""
+    if measures["mismatched"] <= 0.9 * measures["matched"]:
+        return "told apart"
+    return "collapsed" if measures["matched"] > 0.5 else "not aligned"
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -262,7 +262,7 @@ class GPT(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         length = torch.tensor([len(p) for p in prompts], device=device)
         B, width = len(prompts), max(len(p) for p in prompts)
-        S = width + max_new_tokens
+        S = width + min(max_new_tokens, self.block_size - int(length.min()))
         # Prompts are padded on the right; new tokens of all rows go to column width, width + 1, ...
         tokens = torch.zeros(B, S, dtype=torch.long, device=device)
         for row, prompt in enumerate(prompts):

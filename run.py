@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import platform
 import subprocess
@@ -33,7 +34,7 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
         if chosen.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:  # without these instructions a CPU is slower in bf16 than in fp32
-            has = torch.cpu.get_capabilities() if chosen.type == "cpu" else {}
+            has = getattr(torch.cpu, "get_capabilities", dict)() if chosen.type == "cpu" else {}
             fast = has.get("avx512_bf16") or has.get("amx_bf16")
         dtype = "bfloat16" if fast else "float32"
     if chosen.type == "cpu" and platform.libc_ver()[0] == "glibc":
@@ -61,7 +62,7 @@ def versions() -> dict[str, str]:
     except OSError:  # no git
         commit = ""
     return {
-        "commit": commit or "unknown", "torch": torch.__version__,
+        "commit": commit or "unknown", "torch": str(torch.__version__),
         "python": platform.python_version(), "machine": platform.machine(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
@@ -158,6 +159,17 @@ def runs_newest_first() -> list[Path]:
     if not found:
         fail("no run under out/ yet; train one first: python train.py config/gsm8k_jepa.py")
     return [path.parent for path in found]
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of metrics.jsonl; a line that a kill cut short is dropped."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 # --- held-out pairs ---------------------------------------------------------------------------

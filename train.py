@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from config import Config, fail, load_config
-from data import LANGUAGE_MODEL, PARENTS, PRED, TARGET, TEXT, load_data
-from jepa import alignment, collapsed, distance, spread
-from model import GPT, last_hidden
+from data import LANGUAGE_MODEL, PARENTS, PRED, TARGET, TEXT, Data, Pairs, load_data
+from jepa import alignment, distance, spread, verdict
+from model import GPT, PAD, last_hidden
 from run import (
     checkpoint_state,
     config_of,
@@ -27,6 +27,7 @@ from run import (
     exit_quietly,
     pick_device,
     read_checkpoint,
+    read_metrics,
     save_checkpoint,
     versions,
 )
@@ -58,6 +59,49 @@ def skips_jepa(step: int, config: Config) -> bool:
     if config.jepa_weight == 0:
         return True
     return np.random.default_rng((config.seed, step)).random() < config.jepa_dropout
+
+
+def forward_backward(
+    model: GPT, train: Pairs, step: int, with_jepa: bool, device: torch.device, autocast
+) -> tuple[dict[str, float], int]:
+    """Accumulate the gradient of one step's loss; the loss's terms, and the tokens it took."""
+    config = train.config
+    n_micro = config.gradient_accumulation_steps
+    # The target shares the row of its question and answer, unless it needs no gradient: then it
+    # runs in a pass of its own, forward only.
+    blocks = LANGUAGE_MODEL + (PRED,) * with_jepa + (TARGET,) * (with_jepa and not config.stop_grad)
+    examples = [train.batch(step * n_micro + i) for i in range(n_micro)]
+    batches = [train.pack(rows, blocks) for rows in examples]
+    # Mean over all labels of the step, not of a micro-batch: n_micro micro-batches then give the
+    # gradient of one large batch, for both losses alike.
+    n_labels = sum((rows.targets != -1).sum().item() for rows in batches)
+    n_tokens = sum((rows.block != PAD).sum().item() for rows in batches)
+    total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0, "loss": 0.0}
+    for numbers, rows in zip(examples, batches):
+        rows = rows.to(device)
+        with autocast():
+            hidden, ce_sum = model(*rows)
+            if with_jepa and config.stop_grad:  # after the other pass: autocast caches its weights
+                own = train.pack(numbers, (TARGET,)).to(device)
+                n_tokens += (own.block != PAD).sum().item()
+                with torch.no_grad():
+                    target = last_hidden(model(own.idx, own.block)[0], own.block, TARGET)
+            elif with_jepa:
+                target = last_hidden(hidden, rows.block, TARGET)
+        ce = ce_sum / n_labels
+        jepa = regularizer = torch.zeros((), device=device)
+        if with_jepa:
+            pred = last_hidden(hidden, rows.block, PRED if config.n_pred else TEXT)  # (B, C)
+            jepa = distance(pred, target, config.jepa_loss) / n_micro
+            if config.spread != "none":
+                regularizer = spread(pred, target, config.spread) / n_micro
+        loss = (
+            config.ce_weight * ce + config.jepa_weight * jepa + config.spread_weight * regularizer
+        )
+        loss.backward()
+        for name, value in zip(total, (ce, jepa, regularizer, loss)):
+            total[name] += value.item()
+    return total, n_tokens
 
 
 def main(argv: list[str]) -> None:
@@ -132,8 +176,6 @@ def main(argv: list[str]) -> None:
         signal.signal(number, on_signal)
 
     # --- training
-    k_block = PRED if config.n_pred else TEXT  # where Pred(text) is read
-    n_micro = config.gradient_accumulation_steps
     warned, measures, recent = False, {}, []
     model.train()
     print(f"ready after {time.time() - started:.1f} s")
@@ -153,7 +195,7 @@ def main(argv: list[str]) -> None:
                                        measures["effective_rank_target"]))
             print(f"step {step}: val ce {val_ce:.4f} | jepa {val_jepa:.4f} | "
                   + panel(measures, len(pred)), flush=True)
-            if config.jepa_weight and collapsed(measures) and not warned and not last:
+            if config.jepa_weight and verdict(measures) == "collapsed" and not warned:
                 warned = True
                 print("warning: COLLAPSE. Wrong question/answer pairs score almost the cosine of "
                       "right ones:\n  the JEPA loss is low because all embeddings point one way. "
@@ -177,43 +219,8 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         with_jepa = not skips_jepa(step, config)
-        # The target shares the row of its question and answer, unless it needs no gradient:
-        # then it runs in a pass of its own, forward only.
-        blocks = LANGUAGE_MODEL + (PRED,) * with_jepa
-        blocks += (TARGET,) * (with_jepa and not config.stop_grad)
-        examples = [train.batch(step * n_micro + i) for i in range(n_micro)]
-        batches = [train.pack(rows, blocks) for rows in examples]
-        # Mean over all labels of the step, not of a micro-batch: n_micro micro-batches give the
-        # gradient of one large batch, for both losses alike.
-        n_labels = sum((rows.targets != -1).sum().item() for rows in batches)
-        total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0, "loss": 0.0}
-        for examples_i, rows in zip(examples, batches):
-            tokens_seen += (rows.block != 0).sum().item()
-            rows = rows.to(device)
-            with autocast():
-                hidden, ce_sum = model(*rows)
-                if with_jepa and config.stop_grad:
-                    own = train.pack(examples_i, (TARGET,)).to(device)
-                    tokens_seen += (own.block != 0).sum().item()
-                    with torch.no_grad():
-                        target = last_hidden(model(own.idx, own.block)[0], own.block, TARGET)
-                elif with_jepa:
-                    target = last_hidden(hidden, rows.block, TARGET)
-            ce = ce_sum / n_labels
-            jepa = regularizer = torch.zeros((), device=device)
-            if with_jepa:
-                pred = last_hidden(hidden, rows.block, k_block)  # (B, C)
-                jepa = distance(pred, target, config.jepa_loss) / n_micro
-                if config.spread != "none":
-                    regularizer = spread(pred, target, config.spread) / n_micro
-            loss = (
-                config.ce_weight * ce
-                + config.jepa_weight * jepa
-                + config.spread_weight * regularizer
-            )
-            loss.backward()
-            for name, value in zip(total, (ce, jepa, regularizer, loss)):
-                total[name] += value.item()
+        total, tokens = forward_backward(model, train, step, with_jepa, device, autocast)
+        tokens_seen += tokens
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), config.grad_clip or math.inf
         ).item()
@@ -242,9 +249,8 @@ def main(argv: list[str]) -> None:
                   f"{1e3 * took:.0f} ms | ETA {eta // 60:.0f}:{eta % 60:02.0f}", flush=True)
         step += 1
 
-    verdict = "COLLAPSED" if collapsed(measures) else "not collapsed"
-    print(f"done in {time.time() - started:.0f} s: {out_dir}/ckpt.pt, embeddings {verdict}. "
-          "Next: python sample.py, python eval_alignment.py")
+    print(f"done in {time.time() - started:.0f} s: {out_dir}/ckpt.pt; the pairs' embeddings are "
+          f"{verdict(measures)}. Next: python sample.py, python eval_alignment.py")
 
 
 def panel(measures: dict[str, float], n: int) -> str:
@@ -276,7 +282,7 @@ def set_aside(out_dir: Path) -> Path:
     return Path(shutil.move(out_dir, earlier / f"{out_dir.name}-{number}"))
 
 
-def compile_or_not(model: GPT, data, device: torch.device, autocast) -> None:
+def compile_or_not(model: GPT, data: Data, device: torch.device, autocast) -> None:
     """Compile forward in place, or say why not and go on uncompiled."""
     rows = data.pairs["train"].pack(data.pairs["train"].batch(0), LANGUAGE_MODEL).to(device)
     try:
@@ -288,17 +294,6 @@ def compile_or_not(model: GPT, data, device: torch.device, autocast) -> None:
         model._compiled_call_impl = None
         print(f"not compiled, running eagerly: {type(error).__name__}: {error}".splitlines()[0])
     model.zero_grad(set_to_none=True)
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl; a line that a kill cut short is dropped."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def plot_losses(metrics_path: Path, path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Draw the blocks, mask and read positions of a training row, as text and as out/mask.png.
+
+    python draw.py [RECIPE] [--key=value ...]      for example: python draw.py gsm8k_jepa --n_pred=3
+
+The row is a toy pair, but it is packed by data.py and masked by model.py: what you see is what
+the model gets.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from config import load_config
+from data import CODE, PARENTS, PRED, TARGET, TEXT, Pairs
+from model import block_causal_mask, visible_blocks
+from run import exit_quietly
+
+NAMES = {TEXT: "question", CODE: "answer", PRED: "[PRED]", TARGET: "answer again (target)"}
+COLORS = {TEXT: "#2a6f97", CODE: "#588157", PRED: "#c8553d", TARGET: "#9a6fb0"}
+WORDS = ["two", "plus", "three", "?", "<sep>", "five", "<eot>"]  # the toy pair; token i is word i
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(argv)
+    pairs = Pairs(
+        tokens=np.arange(len(WORDS)), starts=np.array([[0, 5]]), lengths=np.array([[5, 2]]),
+        config=config, vocab_size=len(WORDS),
+    )  # fmt: skip
+    row = pairs.pack(np.array([0]), (TEXT, CODE, PRED, TARGET))
+    mask, positions = (t[0] for t in block_causal_mask(row.block, visible_blocks(PARENTS)))
+    idx, block, targets = (t[0].tolist() for t in row)
+    words = [WORDS[i] if i < len(WORDS) else f"[PRED{i - len(WORDS)}]" for i in idx]
+    labels = ["" if t < 0 else WORDS[t] for t in targets]
+    reads = [""] * len(words)
+    pred_block = PRED if config.n_pred else TEXT
+    reads[len(block) - 1 - block[::-1].index(pred_block)] = "Pred is read here"
+    reads[-1] = "Enc is read here"
+
+    width = max(len(word) for word in words) + 2
+    print(" " * (width + 6) + " ".join("qaPt"[b - 1] for b in block) + "   pos  label")
+    for i, word in enumerate(words):
+        cells = " ".join("1" if seen else "." for seen in mask[i])
+        print(f"{word:>{width}}  {'qaPt'[block[i] - 1]} | {cells}   {positions[i]:3}  "
+              f"{labels[i]:<8}{reads[i]}")
+    path = Path("out/mask.png")
+    path.parent.mkdir(exist_ok=True)
+    draw(words, block, mask, positions.tolist(), labels, reads).savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def draw(words, block, mask, positions, labels, reads):
+    """The mask as coloured squares, a row per token, with its label and what is read there."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch, Rectangle
+
+    n = len(words)
+    figure = Figure(figsize=(4.6 + 0.42 * n, 1.9 + 0.38 * n), layout="constrained")
+    axis = figure.subplots()
+    for i in range(n):
+        for j in range(n):
+            color = COLORS[block[j]] if mask[i, j] else "#f1f1f1"
+            axis.add_patch(Rectangle((j, i), 0.94, 0.94, color=color))
+        axis.text(n + 0.4, i + 0.5, str(positions[i]), va="center", family="monospace")
+        axis.text(n + 1.5, i + 0.5, labels[i], va="center", color=COLORS[CODE])
+        axis.text(n + 3.5, i + 0.5, reads[i], va="center", color=COLORS[block[i]], weight="bold")
+    for title, x in (("position", n + 0.1), ("label", n + 1.9)):
+        axis.text(x, -0.25, title, ha="left", fontsize=8, color="grey")
+    axis.set(xlim=(0, n + 7.5), ylim=(n, -0.6), aspect="equal")
+    axis.set_xticks([i + 0.5 for i in range(n)], words, rotation=60, ha="right")
+    axis.set_yticks([i + 0.5 for i in range(n)], words)
+    for tick_labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+        for i, label in enumerate(tick_labels):
+            label.set_color(COLORS[block[i]])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    shown = [b for b in NAMES if b in block]
+    figure.legend(handles=[Patch(color=COLORS[b], label=NAMES[b]) for b in shown], ncols=len(shown),
+                  loc="outside upper left", frameon=False)  # fmt: skip
+    axis.set_title("each row: what this token may see", fontsize=10, loc="left")
+    return figure
+
+
+if __name__ == "__main__":
+    exit_quietly(main)

@@ -1,0 +1,59 @@
+"""What several tests need: signal handlers put back, a seed, and data that loads in milliseconds."""
+
+import signal
+
+import pytest
+import torch
+
+import data
+import train
+
+# Tiny matrices: a second thread costs more than it brings, and bit-equality needs a fixed number.
+torch.set_num_threads(1)
+
+TINY = [
+    "--device=cpu", "--dtype=float32", "--out_dir=out/tiny", "--dataset=word_problems",
+    "--tokenizer=bpe", "--bpe_vocab_size=320", "--n_layer=2", "--n_head=2", "--n_embd=32",
+    "--block_size=64", "--batch_size=8", "--max_iters=6", "--warmup_iters=2", "--eval_interval=3",
+    "--eval_pairs=16", "--log_interval=1",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_seed_and_signal_handlers():
+    """No test inherits another's random state, nor the handlers that train.main installs."""
+    torch.manual_seed(0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def sums(n, start=0):
+    """n rows in GSM8K's form, a few tokens each, with answers of unequal length."""
+    rows = []
+    for i in range(start, start + n):
+        a, b = 3 + i * 7 % 40, 2 + i * i % 31
+        extra = f"Check: {a}={a + b}-{b}\n" * (i % 3)
+        rows.append({"question": f"What is {a} plus {b}?",
+                     "answer": f"{a}+{b}={a + b}\n{extra}#### {a + b}"})  # fmt: skip
+    return rows
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch, capsys):
+    """A function that trains a tiny model: train.main in a folder of its own, on 100 sums.
+
+    Keyword arguments are options on top of TINY. Returns what the run printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        data, "load_rows", lambda config: ({"train": sums(100), "val": sums(20, 500)}, "sums", "test")
+    )
+    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)  # half a second each
+
+    def run(**options):
+        capsys.readouterr()
+        train.main(TINY + [f"--{key}={value}" for key, value in options.items()])
+        return capsys.readouterr().out
+
+    return run
