@@ -202,9 +202,14 @@ def encode_pairs(model: GPT, pairs: Pairs, n: int, device: torch.device, autocas
 
 
 def exit_quietly(main) -> None:
-    """Run a script's main; Ctrl-C before it has its own handler ends in a line, not a traceback."""
+    """Run a script's main; what is not the script's fault ends in a line, not a traceback."""
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:  # disk full, no right to write, ...
+        fail(str(error))
+    except torch.OutOfMemoryError as error:
+        fail(f"the device ran out of memory, a smaller batch_size needs less: "
+             f"{str(error).splitlines()[0]}")

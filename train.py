@@ -117,10 +117,11 @@ def main(argv: list[str]) -> None:
     device, autocast = pick_device(config.device, config.dtype)
     data = load_data(config)
     train, tokenizer = data.pairs["train"], data.tokenizer
-    if resume and saved["provenance"]["data"] != data.provenance:
+    if resume:
         was, now = saved["provenance"]["data"], data.provenance
-        changed = [k for k in now if was.get(k) != now[k]]
-        fail(f"{out_dir}/ckpt.pt saw other data or another tokenizer: {', '.join(changed)} changed")
+        changed = [key for key in now if key != "source" and was.get(key) != now[key]]
+        if changed:
+            fail(f"{out_dir}/ckpt.pt was trained on other data: {', '.join(changed)} changed")
 
     torch.manual_seed(config.seed)
     model = GPT(config, tokenizer.vocab_size, PARENTS).to(device)
