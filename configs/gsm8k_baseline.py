@@ -1,5 +1,6 @@
 # gsm8k_jepa without JEPA: the plain language model on the same seed, data order and code path.
 # jepa_weight alone differs (a test holds the two files to that), and at 0 it switches the rest off.
+dataset = "gsm8k"
 tokenizer = "gpt2"
 n_layer = 6
 n_head = 8

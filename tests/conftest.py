@@ -1,4 +1,4 @@
-"""What several tests need: signal handlers put back, a seed, and data that loads in milliseconds."""
+"""What several tests need: a seed, signal handlers put back, data that loads in milliseconds."""
 
 import signal
 
@@ -46,9 +46,8 @@ def tiny_run(tmp_path, monkeypatch, capsys):
 
     Keyword arguments are options on top of TINY. Returns what the run printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        data, "load_rows", lambda config: ({"train": sums(100), "val": sums(20, 500)}, "sums", "test")
-    )
+    rows = {"train": sums(100), "val": sums(20, 500)}
+    monkeypatch.setattr(data, "load_rows", lambda config: (dict(rows), "sums", "test"))
     monkeypatch.setattr(train, "plot_losses", lambda *paths: None)  # half a second each
 
     def run(**options):

@@ -85,6 +85,14 @@ def hand_made(**settings):
                  np.array([[3, 3], [2, 2]]), Config(**settings), vocab_size=10)  # fmt: skip
 
 
+def drawn(rows):
+    """Rows as lists, without the columns of padding that round their width up to 8."""
+    width = (rows.block != 0).sum(1).max()
+    assert all(t.size(1) == -(-width // 8) * 8 for t in rows)
+    assert not rows.block[:, width:].any() and (rows.targets[:, width:] == NO).all()
+    return [t[:, :width].tolist() for t in rows]
+
+
 @pytest.mark.parametrize("n_pred, blocks, idx, block, targets", [
     (1, LANGUAGE_MODEL,
      [[1, 2, 8, 3, 4, 9], [5, 8, 6, 9, 0, 0]],
@@ -115,22 +123,20 @@ def test_rows_are_packed_as_drawn(n_pred, blocks, idx, block, targets):
     """End of text is a label, or the model would never learn to stop; [PRED], padding and the
     target carry none, and neither does the separator."""
     rows = hand_made(n_pred=n_pred).pack(np.array([0, 1]), blocks)
-    assert rows.idx.tolist() == idx
-    assert rows.block.tolist() == block
-    assert rows.targets.tolist() == targets
+    assert drawn(rows) == [idx, block, targets]
 
 
 def test_labels_all_adds_the_question_and_nothing_else():
     rows = hand_made(labels="all", n_pred=2).pack(np.array([0, 1]), (TEXT, CODE, PRED, TARGET))
-    assert rows.targets.tolist() == [[2, 8, 3, 4, 9, NO, NO, NO, NO, NO, NO],
-                                     [8, 6, 9, NO, NO, NO, NO, NO, NO, NO, NO]]  # fmt: skip
+    assert drawn(rows)[2] == [[2, 8, 3, 4, 9, NO, NO, NO, NO, NO, NO],
+                              [8, 6, 9, NO, NO, NO, NO, NO, NO, NO, NO]]  # fmt: skip
 
 
 def test_rows_come_in_the_order_asked_for():
     rows = hand_made().pack(np.array([1, 0, 1]), LANGUAGE_MODEL)
     assert rows.idx[:, 0].tolist() == [5, 1, 5]
     alone = hand_made().pack(np.array([1]), LANGUAGE_MODEL)
-    assert alone.idx.tolist() == [[5, 8, 6, 9]]  # a batch is as wide as its own longest row
+    assert drawn(alone)[0] == [[5, 8, 6, 9]]  # a batch is as wide as its own longest row
 
 
 def test_real_token_zero_is_not_padding(gpt2):
@@ -138,9 +144,8 @@ def test_real_token_zero_is_not_padding(gpt2):
     pairs, _ = data.tokenize([{"question": "!", "answer": "!!"}, {"question": "a", "answer": "!"}],
                              gpt2, Config())  # fmt: skip
     rows = pairs.pack(np.array([1]), LANGUAGE_MODEL)
-    assert rows.idx.tolist() == [[64, gpt2.sep, 0, gpt2.eot]]
-    assert rows.block.tolist() == [[Q, Q, A, A]]
-    assert rows.targets.tolist() == [[NO, 0, gpt2.eot, NO]]
+    assert drawn(rows) == [[[64, gpt2.sep, 0, gpt2.eot]], [[Q, Q, A, A]],
+                           [[NO, 0, gpt2.eot, NO]]]  # fmt: skip
 
 
 @pytest.mark.parametrize("answer_view, code", [
@@ -216,17 +221,25 @@ def test_batches_are_those_of_the_baseline(change, bpe):
     """Two runs that differ in the objective see the same examples at the same step."""
     rows = word_problems("train", 100)
     config = Config(batch_size=4)
-    baseline, changed = (data.tokenize(rows, bpe, c)[0] for c in (config, replace(config, **change)))
+    baseline, _ = data.tokenize(rows, bpe, config)
+    changed, _ = data.tokenize(rows, bpe, replace(config, **change))
     for step in (0, 40):
         assert changed.batch(step).tolist() == baseline.batch(step).tolist()
 
 
-def test_padding_is_below_four_percent(gpt2):
-    """Of the rows of a run without JEPA; those with all four blocks are longer and waste less."""
+def test_sorting_by_length_leaves_little_padding(gpt2):
+    """Of the rows of a run without JEPA; those with all four blocks are longer and waste less.
+    2.4 % up to the batch's longest row, 6.3 % with the width rounded up to 8."""
     pairs, _ = data.tokenize(word_problems("train", 2048), gpt2, Config(batch_size=16))
-    rows = [pairs.pack(pairs.batch(s), LANGUAGE_MODEL).block for s in range(len(pairs) // 16)]
-    padding = sum((block == 0).sum().item() for block in rows)
-    assert padding < 0.04 * sum(block.numel() for block in rows)
+    used, longest, total = 0, 0, 0
+    for step in range(len(pairs) // 16):
+        block = pairs.pack(pairs.batch(step), LANGUAGE_MODEL).block
+        real = (block != 0).sum(1)
+        used += real.sum().item()
+        longest += 16 * real.max().item()
+        total += block.numel()
+    assert used > 0.96 * longest
+    assert used > 0.92 * total
 
 
 def test_lengths_are_mixed_over_an_epoch(problems):
@@ -488,7 +501,8 @@ def test_a_copy_of_the_hub_repository_loads(kind, hub, tmp_path, connections):
     ({"notes.txt": "hello"}, "holds neither train.jsonl nor a copy"),
     ({"test.jsonl": '{"question": "q", "answer": "a"}\n'}, "holds neither train.jsonl nor a copy"),
     ({"README.md": "---\nconfigs:\n- config_name: main\n  data_files: main/*.jsonl\n---\n",
-      "main/train.jsonl": '{"text": "q", "code": "a"}\n'}, "question"),  # other columns
+      # fails: other columns are a KeyError in hub_rows, outside its try
+      "main/train.jsonl": '{"text": "q", "code": "a"}\n'}, "question"),
 ])  # fmt: skip
 def test_a_wrong_data_dir_is_one_line(files, named, hub, tmp_path, capsys):
     """Whoever names a folder wants its data: never a silent fallback."""
@@ -572,8 +586,10 @@ BAD_LINES = {
     "a number": "3", "missing key": '{"question": "q"}', "other keys": '{"text": "q", "code": "a"}',
     "not text": '{"question": "q", "answer": 5}', "null text": '{"question": null, "answer": "a"}',
     "empty text": '{"question": "", "answer": "a"}', "blank": '{"question": "q", "answer": " "}',
-    "two rows": GOOD + GOOD, "deeply nested": "[" * 100_000,
-    "half a character": '{"question": "\\ud83d", "answer": "a"}',  # would fail in the tokenizer
+    "two rows": GOOD + GOOD,
+    "deeply nested": "[" * 100_000,  # fails: a RecursionError that read_jsonl does not catch
+    # fails: it is accepted, and training a bpe tokenizer on it raises UnicodeEncodeError
+    "half a character": '{"question": "\\ud83d", "answer": "a"}',
 }
 
 

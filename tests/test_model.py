@@ -1,4 +1,4 @@
-"""Claims about model.py: who sees whom, one row for three passes, generation, and the GPT itself."""
+"""Claims about model.py: who sees whom, one row for three passes, the GPT, generation."""
 
 import math
 
@@ -277,13 +277,17 @@ def test_initial_loss_is_log_vocab_and_the_head_is_tied():
 
 
 def test_output_layer_runs_on_labelled_positions_only():
+    """Their number rounded up to a multiple of 64, so that few different shapes occur."""
     gpt, seen = make_gpt(), []
     gpt.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-    idx, block, targets = make_rows(EXAMPLES)
-    gpt(idx, block, targets)
-    assert seen == [(sum(len(a) for _, a in EXAMPLES), 32)]
+    for copies, rows in ((4, 64), (8, 128)):  # 12 labels and 48 positions a copy
+        idx, block, targets = make_rows(EXAMPLES * copies)
+        assert rows - 64 < (targets != -1).sum() == 12 * copies <= rows < idx.numel()
+        gpt(idx, block, targets)
+        assert seen.pop() == (rows, 32)
     gpt(idx, block)
-    assert len(seen) == 1, "no labels, no output layer"
+    assert not seen, "no labels, no output layer"
+    assert gpt(idx, block, torch.full_like(idx, -1))[1] == 0
 
 
 def test_parameters_have_gpt2_names():
@@ -294,6 +298,8 @@ def test_parameters_have_gpt2_names():
     assert set(make_gpt(bias=True).state_dict()) == expected
 
 
+# FAILS (reported): nn.Embedding(n_pred, ...) in GPT.__init__ draws random numbers, before those
+# that init_weights draws, so all weights depend on n_pred.
 def test_no_weight_but_pred_depends_on_n_pred():
     plain = make_gpt(n_pred=0).state_dict()
     for k in (1, 3):
@@ -326,32 +332,23 @@ def test_pred_learns_from_the_jepa_loss_and_never_from_cross_entropy():
     assert gpt.pred.weight.grad.abs().sum(1).gt(0).all()  # both [PRED], the last sees the first
 
 
-def test_summed_cross_entropy_is_torchs_in_value_and_gradient():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_summed_cross_entropy_is_torchs_in_value_and_gradient(dtype):
+    """Computed in float32 for bfloat16 logits too; only the gradient is rounded to their dtype."""
     torch.manual_seed(1)
-    logits = 5 * torch.randn(150, 40)  # more rows than a slice holds, and not a multiple
+    logits = (5 * torch.randn(150, 40)).to(dtype)  # more rows than a slice holds, no multiple
     targets = torch.randint(40, (150,))
-    got, want = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    targets[::7] = -1  # no label
+    got, want = logits.clone().requires_grad_(), logits.float().requires_grad_()
     # A copy goes in: the function writes the gradient over what it was given.
     value = SummedCrossEntropy.apply(got.clone(), targets)
-    reference = F.cross_entropy(want, targets, reduction="sum")
+    reference = F.cross_entropy(want, targets, ignore_index=-1, reduction="sum")
     torch.testing.assert_close(value, reference)
     (0.37 * value).backward()
     (0.37 * reference).backward()
-    torch.testing.assert_close(got.grad, want.grad, rtol=1e-5, atol=1e-6)
-
-
-def test_summed_cross_entropy_of_bfloat16_logits_is_computed_in_float32():
-    torch.manual_seed(1)
-    logits = (5 * torch.randn(150, 40)).bfloat16()
-    targets = torch.randint(40, (150,))
-    got, want = logits.clone().requires_grad_(), logits.float().requires_grad_()
-    value = SummedCrossEntropy.apply(got.clone(), targets)
-    reference = F.cross_entropy(want, targets, reduction="sum")
-    torch.testing.assert_close(value, reference)  # only the gradient is rounded to bfloat16
-    value.backward()
-    reference.backward()
-    assert got.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(got.grad.float(), want.grad, rtol=2**-8, atol=1e-6)
+    assert got.grad.dtype == dtype and not got.grad[::7].any()
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(got.grad.float(), want.grad, rtol=rtol, atol=1e-6)
 
 
 # --- generation -------------------------------------------------------------------------------
@@ -413,12 +410,17 @@ def test_a_prompt_may_end_in_pred_tokens():
 
 def test_generation_stops_at_end_of_text_and_draws_nothing_above_it():
     eot, new = 7, 10  # of 64 ids, 56 lie above
-    rows = make_gpt().generate([[i] for i in range(32)], new, eot, temperature=1.0)
+    gpt, passes = make_gpt(), []
+    gpt.ln_f.register_forward_hook(lambda *_: passes.append(1))
+    rows = gpt.generate([[i] for i in range(32)], new, eot, temperature=1.0)
     assert max(max(row) for row in rows) <= eot
     stopped = [row for row in rows if row[-1] == eot]
     assert 0 < len(stopped) < len(rows)
     assert all(eot not in row[:-1] for row in stopped)
     assert all(len(row) == new and eot not in row for row in rows if row not in stopped)
+    passes.clear()
+    [row] = gpt.generate([[1]], 30, eot, temperature=1.0)
+    assert row[-1] == eot and len(row) == len(passes) < 30  # no pass after the last row's end
 
 
 def test_a_row_stops_at_block_size():
@@ -437,19 +439,21 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy():
     assert gpt.generate(PROMPTS, 12, EOT, temperature=3.0, top_p=1e-6) == greedy
 
 
-def test_top_k_and_top_p_keep_what_they_say():
-    """Probabilities .5 .3 .15 .05: top_p = .7 needs the first two; top_k = 3 drops the last."""
+def test_temperature_top_k_and_top_p_do_what_they_say():
+    """Probabilities .5 .3 .15 .05: top_p = .7 needs the first two; top_k = 3 drops the last;
+    temperature 1/2 squares them."""
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(4000, 4)
 
-    def shares(**options):
+    def shares(temperature=1.0, top_k=0, top_p=1.0):
         generator = torch.Generator().manual_seed(0)
-        drawn = model_module.sample(logits, 1.0, **options, generator=generator)
+        drawn = model_module.sample(logits, temperature, top_k, top_p, generator)
         return drawn.bincount(minlength=4) / len(logits)
 
     for options, expected in (
-        (dict(top_k=0, top_p=1.0), [0.15, 0.5, 0.05, 0.3]),
-        (dict(top_k=3, top_p=1.0), [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
-        (dict(top_k=0, top_p=0.7), [0, 0.5 / 0.8, 0, 0.3 / 0.8]),
+        (dict(), [0.15, 0.5, 0.05, 0.3]),
+        (dict(top_k=3), [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
+        (dict(top_p=0.7), [0, 0.5 / 0.8, 0, 0.3 / 0.8]),
+        (dict(temperature=0.5), [p * p / 0.365 for p in (0.15, 0.5, 0.05, 0.3)]),
     ):
         got = shares(**options)
         torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=0.03)
