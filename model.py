@@ -190,7 +190,10 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         # [PRED] number i is written as token V + i. It lives outside the vocabulary, so it can
         # be neither a label nor sampled.
-        self.pred = nn.Embedding(config.n_pred, config.n_embd) if config.n_pred else None
+        self.pred = None
+        if config.n_pred:  # from_pretrained draws no random numbers: see init_weights
+            empty = torch.empty(config.n_pred, config.n_embd)
+            self.pred = nn.Embedding.from_pretrained(empty, freeze=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)

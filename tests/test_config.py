@@ -277,13 +277,13 @@ def test_every_field_has_a_comment():
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["nosuchrecipe", "--n_layer=3", "--help"]])
 def test_help_shows_every_field_with_type_default_and_comment(argv, capsys):
-    shown = help_lines(argv, capsys)
+    shown, comment_of = help_lines(argv, capsys), comments()
     assert len(shown) == len(SETTABLE)
     for field, line in zip(SETTABLE, shown):
         option, default, comment = line.split(maxsplit=2)
         assert option == f"--{field.name}={field.type.__name__}"
         assert ast.literal_eval(default) == field.default
-        assert comment == comments()[field.name]
+        assert comment == comment_of[field.name]
 
 
 def test_help_tells_every_choice(capsys):
