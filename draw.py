@@ -12,7 +12,7 @@ import numpy as np
 
 from config import load_config
 from data import CODE, PARENTS, PRED, TARGET, TEXT, Pairs
-from model import block_causal_mask, visible_blocks
+from model import PAD, block_causal_mask, visible_blocks
 from run import exit_quietly
 
 NAMES = {TEXT: "question", CODE: "answer", PRED: "[PRED]", TARGET: "answer again (target)"}
@@ -27,8 +27,9 @@ def main(argv: list[str]) -> None:
         config=config, vocab_size=len(WORDS),
     )  # fmt: skip
     row = pairs.pack(np.array([0]), (TEXT, CODE, PRED, TARGET))
-    mask, positions = (t[0] for t in block_causal_mask(row.block, visible_blocks(PARENTS)))
-    idx, block, targets = (t[0].tolist() for t in row)
+    n = int((row.block != PAD).sum())  # without padding
+    mask, positions = (t[0, :n] for t in block_causal_mask(row.block, visible_blocks(PARENTS)))
+    idx, block, targets = (t[0, :n].tolist() for t in row)
     words = [WORDS[i] if i < len(WORDS) else f"[PRED{i - len(WORDS)}]" for i in idx]
     labels = ["" if t < 0 else WORDS[t] for t in targets]
     reads = [""] * len(words)
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     width = max(len(word) for word in words) + 2
     print(" " * (width + 6) + " ".join("qaPt"[b - 1] for b in block) + "   pos  label")
     for i, word in enumerate(words):
-        cells = " ".join("1" if seen else "." for seen in mask[i])
+        cells = " ".join("1" if seen else "." for seen in mask[i, :n])
         print(f"{word:>{width}}  {'qaPt'[block[i] - 1]} | {cells}   {positions[i]:3}  "
               f"{labels[i]:<8}{reads[i]}")
     path = Path("out/mask.png")

@@ -73,8 +73,8 @@ def main(argv: list[str]) -> None:
                  f"other data than {data.provenance['source']} holds; --data_dir names a folder")
         if digest not in (None, trained_on["train_sha256"]):
             fail(f"{run.path} was trained on other data than {paths[0]}: compare runs on one set")
-        if args.split not in data.pairs:
-            fail(f"{data.provenance['source']} has no {args.split} split")
+        if len(data.pairs.get(args.split, ())) < 2:
+            fail(f"{data.provenance['source']} has fewer than 2 {args.split} pairs")
         digest, pairs = trained_on["train_sha256"], data.pairs[args.split]
 
         def measure(name, model, step, curve, config=run.config, pairs=pairs):

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from config import Config, fail
-from data import CODE, PARENTS, PRED, TARGET, TEXT, Pairs, Tokenizer, gpt2_tokenizer
+from data import CODE, PARENTS, PRED, TARGET, TEXT, Pairs
 from model import GPT, last_hidden
+from tokenizer import Tokenizer, gpt2_tokenizer
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
@@ -28,8 +29,10 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"device={device} cannot be used here: {str(error).splitlines()[0]}")
+        if chosen.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("cpu, cuda and mps are supported")
+    except (RuntimeError, AssertionError, ImportError) as error:
+        fail(f"device={device} cannot be used here: {str(error).splitlines()[0][:120]}")
     if dtype == "auto":
         if chosen.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)

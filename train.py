@@ -181,7 +181,7 @@ def main(argv: list[str]) -> None:
     model.train()
     print(f"ready after {time.time() - started:.1f} s")
     while True:
-        last = step == config.max_iters
+        last = step >= config.max_iters
 
         # once in a while: evaluate on the same held-out pairs, and save
         if (step > 0 and step % config.eval_interval == 0) or last:

@@ -310,7 +310,6 @@ def test_resuming_for_longer_goes_on(out):
     assert load_run(out / "default", CPU).step == 3
 
 
-# fails: main's loop ends where step == max_iters, which a later step never does
 def test_resuming_for_fewer_steps_takes_none(out, monkeypatch):
     """The run stands at step 2 of 2; asked for 1, it may end or refuse, but not train for ever."""
 
@@ -364,9 +363,9 @@ def test_an_out_dir_that_is_a_file_is_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("device", [
     "nonsense", "", "cuda:99", "cpu:x",
-    "hpu",  # fails: torch raises ModuleNotFoundError, which pick_device does not catch
-    "meta",  # fails: torch makes a tensor there, and the run dies later
-    "vulkan",  # fails: 1,200 characters; so does mps without one
+    "hpu",
+    "meta",
+    "vulkan",
 ])  # fmt: skip
 def test_an_impossible_device_is_one_short_line(device, capsys):
     line = error_line(capsys, pick_device, device, "auto")
