@@ -232,9 +232,7 @@ def test_a_number_must_be_finite(text, capsys):
     (["--batch_size=1", "--jepa_loss=infonce"], "batch_size=1"),
     (["--batch_size=1", "--spread=sigreg", "--spread_weight=0.1"], "batch_size=1"),
     (["--bpe_vocab_size=319"], "bpe_vocab_size=319 must be at least 320"),
-  
     (["--eval_pairs=1"], "eval_pairs=1"),
-  
     (["--seed=100000000000000000000"], "seed=1"),
 ])  # fmt: skip
 def test_values_that_cannot_work_are_refused(args, named, capsys):

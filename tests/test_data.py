@@ -501,7 +501,6 @@ def test_a_copy_of_the_hub_repository_loads(kind, hub, tmp_path, connections):
     ({"notes.txt": "hello"}, "holds neither train.jsonl nor a copy"),
     ({"test.jsonl": '{"question": "q", "answer": "a"}\n'}, "holds neither train.jsonl nor a copy"),
     ({"README.md": "---\nconfigs:\n- config_name: main\n  data_files: main/*.jsonl\n---\n",
-    
       "main/train.jsonl": '{"text": "q", "code": "a"}\n'}, "question"),
 ])  # fmt: skip
 def test_a_wrong_data_dir_is_one_line(files, named, hub, tmp_path, capsys):
@@ -588,7 +587,6 @@ BAD_LINES = {
     "empty text": '{"question": "", "answer": "a"}', "blank": '{"question": "q", "answer": " "}',
     "two rows": GOOD + GOOD,
     "deeply nested": "[" * 100_000,
-  
     "half a character": '{"question": "\\ud83d", "answer": "a"}',
 }
 
