@@ -51,6 +51,7 @@ class Config:
     jepa_weight: float = 1.0  # weight of the JEPA distance; 0 is the baseline (no R either)
     jepa_loss: str = "cosine"  # cosine | l2 | mse | infonce
     jepa_dropout: float = 0.0  # share of steps that skip the JEPA term, and its cost
+    jepa_warmup_iters: int = 0  # steps over which the weights of d and R grow from 0
     stop_grad: bool = False  # encode the target without gradient, which costs a third
     spread: str = "none"  # none | vicreg | sigreg | cross: anti-collapse term R
     spread_weight: float = 0.0  # weight of R

@@ -67,6 +67,8 @@ def forward_backward(
     """Accumulate the gradient of one step's loss; the loss's terms, and the tokens it took."""
     config = train.config
     n_micro = config.gradient_accumulation_steps
+    # At first JEPA's gradient is the larger one, and clipping would take that out of CE's.
+    grown = min(1.0, step / config.jepa_warmup_iters) if config.jepa_warmup_iters else 1.0
     # The target shares the row of its question and answer, unless it needs no gradient: then it
     # runs in a pass of its own, forward only.
     blocks = LANGUAGE_MODEL + (PRED,) * with_jepa + (TARGET,) * (with_jepa and not config.stop_grad)
@@ -95,8 +97,8 @@ def forward_backward(
             jepa = distance(pred, target, config.jepa_loss) / n_micro
             if config.spread != "none":
                 regularizer = spread(pred, target, config.spread) / n_micro
-        loss = (
-            config.ce_weight * ce + config.jepa_weight * jepa + config.spread_weight * regularizer
+        loss = config.ce_weight * ce + grown * (
+            config.jepa_weight * jepa + config.spread_weight * regularizer
         )
         loss.backward()
         for name, value in zip(total, (ce, jepa, regularizer, loss)):
