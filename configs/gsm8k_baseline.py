@@ -11,5 +11,6 @@ n_pred = 1
 jepa_loss = "cosine"
 jepa_weight = 0.0
 spread = "cross"
-spread_weight = 1.0
+spread_weight = 0.6
+jepa_warmup_iters = 100
 jepa_dropout = 0.5

@@ -8,11 +8,13 @@ n_embd = 512
 max_iters = 500
 batch_size = 16
 
-# Cosine alone collapses, to the last digit. `cross` pushes wrong pairs to cosine 0 and leaves the
-# right ones alone; half of the steps skip JEPA, which halves its cost. LOG.md has the search.
+# Cosine alone collapses. `cross` pushes wrong pairs to cosine 0 and leaves the right ones alone;
+# both weights grow from 0, and half of the steps skip JEPA, which halves its cost. The search is
+# in LOG.md.
 n_pred = 1
 jepa_loss = "cosine"
-jepa_weight = 0.5
+jepa_weight = 0.3
 spread = "cross"
-spread_weight = 1.0
+spread_weight = 0.6
+jepa_warmup_iters = 100
 jepa_dropout = 0.5
