@@ -129,7 +129,7 @@ class Block(nn.Module):
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum").
+    """F.cross_entropy(logits.float(), targets, reduction="sum"), for logits of any dtype.
 
     With V = 50304 the logits are the largest tensor of a step. torch's own takes five passes over
     float32 copies of them; this takes two, a few rows at a time so that they stay in the
@@ -148,16 +148,14 @@ class SummedCrossEntropy(torch.autograd.Function):
             exp = rows.to(torch.float32, copy=True).sub_(top).exp_()
             out.copy_(exp.sum(1, keepdim=True).log_().add_(top))
         ctx.save_for_backward(logits, lse, targets)
-        own = logits.gather(1, targets.clamp(min=0)[:, None]).float()
-        return ((lse - own) * (targets != -1)[:, None]).sum()
+        return (lse - logits.gather(1, targets[:, None]).float()).sum()
 
     @staticmethod
     def backward(ctx, grad):
         logits, lse, targets = ctx.saved_tensors
         for rows, out, at in SummedCrossEntropy.slices(logits, lse, targets[:, None]):
             softmax = rows.to(torch.float32, copy=True).sub_(out).exp_()
-            softmax.scatter_add_(1, at.clamp(min=0), -torch.ones_like(out))
-            rows.copy_(softmax.mul_(grad * (at != -1)))
+            rows.copy_(softmax.scatter_add_(1, at, -torch.ones_like(out)).mul_(grad))
         return logits, None
 
 
@@ -230,12 +228,10 @@ class GPT(nn.Module):
         hidden = self.encode(idx, position_ids, attn_mask)
         if targets is None:
             return hidden, None
-        # The output layer is the widest of all: run it on labelled positions only, and on a few
-        # others that round their number up, so that it meets few different shapes (see data.pack).
-        n_labels = int((targets != -1).sum())
-        at = (targets == -1).flatten().argsort(stable=True)[: -(-n_labels // 64) * 64]
-        logits = self.lm_head(hidden.flatten(0, 1)[at])  # (labels, V)
-        return hidden, SummedCrossEntropy.apply(logits, targets.flatten()[at])
+        # The output layer is the widest of all: run it on labelled positions only.
+        labelled = targets != -1
+        logits = self.lm_head(hidden[labelled])  # (labels, V)
+        return hidden, SummedCrossEntropy.apply(logits, targets[labelled])
 
     def encode(self, idx, position_ids, attn_mask, caches=None):
         """Token embeddings through all layers: (B, T) -> hidden (B, T, C)."""
