@@ -236,14 +236,14 @@ def main(argv: list[str]) -> None:
         # report
         took = time.time() - t0
         seconds += took
-        recent = [*recent[-19:], (took, tokens_seen)]
+        recent = [*recent[-19:], (took, tokens)]
         jepa_terms = {} if not with_jepa else {k: total[k] for k in ("jepa", "spread")}
         log(step=step, ce=total["ce"], **jepa_terms, loss=total["loss"], lr=lr, grad_norm=norm,
             tokens=tokens_seen, seconds=seconds)
         if step % config.log_interval == 0:
-            mean_took = sum(t for t, _ in recent[1:] or recent) / len(recent[1:] or recent)
-            rate = (recent[-1][1] - recent[0][1]) / sum(t for t, _ in recent[1:] or recent)
-            eta = (config.max_iters - step - 1) * mean_took
+            recent_seconds, recent_tokens = map(sum, zip(*recent))
+            rate = recent_tokens / recent_seconds
+            eta = (config.max_iters - step - 1) * recent_seconds / len(recent)
             shown = f"jepa {total['jepa']:.4f}" if with_jepa else "jepa -"
             cosine = (f"cos {measures['matched']:.2f}/{measures['mismatched']:.2f} | "
                       if measures else "")

@@ -423,3 +423,33 @@ def test_overfits_eight_examples_and_then_answers_them(tiny_run, monkeypatch):
     answers = trained.model.generate(prompts, 50, trained.tokenizer.eot, temperature=0)
     assert all(answer[-1] == trained.tokenizer.eot for answer in answers)
     assert [trained.tokenizer.decode(a) for a in answers] == [r["answer"] for r in rows]
+
+
+# --- compiling, as on CUDA --------------------------------------------------------------------
+
+
+def test_compiled_model_gives_the_same_gradients(tiny_run, monkeypatch, capsys):
+    """Traced by dynamo in rows of two kinds and lengths; its eager backend needs no compiler."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(GPT, "compile", lambda self, **kw: real(self, backend="eager", **kw))
+    _, pairs, model = setup()
+    want = step_gradients(model, pairs)[0]
+    loaded = data.Data({"train": pairs}, None, {})
+    train.compile_or_not(model, loaded, CPU, run.pick_device("cpu", "float32")[1])
+    assert "\ncompiled" in capsys.readouterr().out and model._compiled_call_impl is not None
+    assert all(p.grad is None for p in model.parameters())
+    assert_close(step_gradients(model, pairs)[0], want)
+    assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+def test_model_that_cannot_be_compiled_runs_eagerly(tiny_run, monkeypatch, capsys):
+    def no_compiler(self, **options):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(GPT, "compile", no_compiler)
+    _, pairs, model = setup()
+    want = step_gradients(model, pairs)[0]
+    loaded = data.Data({"train": pairs}, None, {})
+    train.compile_or_not(model, loaded, CPU, run.pick_device("cpu", "float32")[1])
+    assert "not compiled, running eagerly: RuntimeError: no compiler\n" in capsys.readouterr().out
+    assert_close(step_gradients(model, pairs)[0], want)
