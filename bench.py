@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from config import load_config
-from data import PARENTS, load_data
+from data import load_data
 from model import GPT
 from run import exit_quietly, pick_device, versions
 from train import forward_backward, make_optimizer
@@ -28,21 +28,22 @@ def main(argv: list[str]) -> None:
     device, autocast = pick_device(config.device, config.dtype)
     data = load_data(config)
     pairs = data.pairs["train"]
-    arms = {  # name: (stop_grad, with the JEPA term)
-        "CE only": (False, False),
-        "JEPA, stop_grad": (True, True),
-        "JEPA, full gradient": (False, True),
+    weight = config.jepa_weight or 1.0
+    arms = {
+        "CE only": dict(jepa_weight=0.0),
+        "JEPA, stop_grad": dict(jepa_weight=weight, jepa_dropout=0.0, stop_grad=True),
+        "JEPA, full gradient": dict(jepa_weight=weight, jepa_dropout=0.0, stop_grad=False),
     }
     torch.manual_seed(config.seed)
-    model = GPT(config, data.tokenizer.vocab_size, PARENTS).to(device)
+    model = GPT(config, data.tokenizer.vocab_size, pairs.layout.parents).to(device)
     optimizer = make_optimizer(model, config)
     seconds = {arm: [] for arm in arms}
     tokens = dict.fromkeys(arms, 0)
     for step in range(ROUNDS + 2):
-        for arm, (stop_grad, with_jepa) in arms.items():
-            pairs.config = replace(config, stop_grad=stop_grad)
+        for arm, options in arms.items():
+            pairs.config = replace(config, **options)
             begin = time.perf_counter()
-            _, n = forward_backward(model, pairs, step, with_jepa, device, autocast)
+            _, n = forward_backward(model, pairs, step, device, autocast)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

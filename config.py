@@ -30,14 +30,24 @@ class Config:
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
     compile: bool = True  # torch.compile the model on CUDA; it is slower than eager on a CPU
     # data
-    dataset: str = "gsm8k"  # gsm8k | word_problems (the built-in generator)
+    dataset: str = "gsm8k"  # gsm8k | word_problems, regex, relations (made here) | a .jsonl or .txt
     data_dir: str = ""  # folder with train.jsonl and test.jsonl; empty means data/<dataset>
     offline_fallback: bool = True  # train on word_problems when gsm8k cannot be had
     bad_lines: str = "error"  # error | skip (count unreadable JSONL lines and go on)
-    tokenizer: str = "gpt2"  # gpt2 (50257 tokens) | bpe (trained on the train split)
+    tokenizer: str = "gpt2"  # gpt2 (50257 tokens) | bpe (trained on train) | words (relations)
     bpe_vocab_size: int = 8192  # size of the bpe vocabulary, its two special tokens included
     answer_view: str = "full"  # full (worked answer, as in the paper) | final (number after ####)
     labels: str = "answer"  # answer | all: the tokens that cross-entropy is taken on
+    views: str = "pairs"  # pairs | steps (of the answer) | split (running text) | facts (relations)
+    step_pair: str = "first"  # first | random: which two neighbouring steps are the views
+    jepa_split: float = 0.5  # where a block of running text is split; 0 is anywhere
+    system_prompt: str = "keep"  # keep (before both views) | drop
+    # the sizes of dataset=relations (the original's: 50000, 30000, 300000, 90000)
+    n_relations: int = 10  # each with its inverse
+    n_train_entities: int = 500  # of the facts that appear in both directions
+    n_atomic_entities: int = 300  # of those in one direction, whose inverse is the held-out test
+    n_train_facts: int = 3000  # carry JEPA
+    n_atomic_facts: int = 900  # carry none
     # model
     n_layer: int = 6  # transformer blocks
     n_head: int = 8  # attention heads
@@ -52,6 +62,12 @@ class Config:
     jepa_loss: str = "cosine"  # cosine | l2 | mse | infonce
     jepa_dropout: float = 0.0  # share of steps that skip the JEPA term, and its cost
     jepa_warmup_iters: int = 0  # steps over which the weights of d and R grow from 0
+    jepa_dropout_per: str = "batch"  # batch | example: what is skipped as one
+    layout: str = "tree"  # tree | isolated (answer alone) | plan (answer continues [PRED])
+    direction: str = "forward"  # forward | reverse (predict the question from the answer)
+    pred_place: str = "back"  # back | front ([PRED] before a copy of the question)
+    pooling: str = "last"  # last | mean: Enc at the last token of a view, or over all of it
+    ema: float = 0.0  # decay of a moving average of the weights that encodes targets; 0 is off
     stop_grad: bool = False  # encode the target without gradient, which costs a third
     spread: str = "none"  # none | vicreg | sigreg | cross: anti-collapse term R
     spread_weight: float = 0.0  # weight of R
@@ -76,11 +92,18 @@ class Config:
 CHOICES = {
     "init_from": ("scratch", "resume"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "dataset": ("gsm8k", "word_problems"),
     "bad_lines": ("error", "skip"),
-    "tokenizer": ("gpt2", "bpe"),
+    "tokenizer": ("gpt2", "bpe", "words"),
     "answer_view": ("full", "final"),
     "labels": ("answer", "all"),
+    "views": ("pairs", "steps", "split", "facts"),
+    "step_pair": ("first", "random"),
+    "system_prompt": ("keep", "drop"),
+    "jepa_dropout_per": ("batch", "example"),
+    "layout": ("tree", "isolated", "plan"),
+    "direction": ("forward", "reverse"),
+    "pred_place": ("back", "front"),
+    "pooling": ("last", "mean"),
     "jepa_loss": ("cosine", "l2", "mse", "infonce"),
     "spread": ("none", "vicreg", "sigreg", "cross"),
 }
@@ -191,7 +214,25 @@ def check(config: Config) -> None:
             fail(f"{field.name}=0 must be above 0")
     if config.n_embd % config.n_head:
         fail(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
-    for key in ("dropout", "jepa_dropout", "beta1", "beta2"):
+    variants = [f"{key}={getattr(config, key)}" for key, usual in (
+        ("layout", "tree"), ("direction", "forward"), ("pred_place", "back")
+    ) if getattr(config, key) != usual]  # fmt: skip
+    if len(variants) > 1:
+        fail(f"{' and '.join(variants)} are two layouts; take one")
+    if config.n_pred == 0 and (config.layout == "plan" or config.pred_place == "front"):
+        fail(f"{variants[0]} needs [PRED]: n_pred must be above 0")
+    if config.views == "steps" and config.answer_view == "final":
+        fail("views=steps needs the worked answer: answer_view=full")
+    if config.views != "pairs" and variants:
+        fail(f"{variants[0]} goes with views=pairs, not {config.views}")
+    for key, value in (("views", "facts"), ("tokenizer", "words")):
+        if (config.dataset == "relations") != (getattr(config, key) == value):
+            fail(f"{key}={value} goes with dataset=relations, and with nothing else")
+    if config.dataset.endswith(".txt") and config.views != "split":
+        fail(f"dataset={config.dataset} is running text and needs views=split")
+    if config.jepa_split >= 1:
+        fail(f"jepa_split={config.jepa_split} must be below 1")
+    for key in ("dropout", "jepa_dropout", "beta1", "beta2", "ema"):
         if getattr(config, key) >= 1:
             fail(f"{key}={getattr(config, key)} must be below 1")
     if config.min_lr > config.learning_rate:

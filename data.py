@@ -1,8 +1,6 @@
-"""From question/answer pairs to batches of blocks: sources, views, batches.
+"""Where the pairs come from: files, the hub, generators; and their splits, digests and provenance.
 
-    load_data(config)  -> Data: train, val and test pairs as tokens, the tokenizer, where from
-    pairs.batch(...)   -> which examples step s trains on, a pure function of (seed, s)
-    pairs.pack(...)    -> those examples as rows of blocks, ready for the model
+    load_data(config)  -> Data: train, val and test as views.Pairs, the tokenizer, where from
 
 GSM8K is looked for in a local folder, then on the hub; failing both, synthetic.py makes word
 problems in its form, which are never called GSM8K.
@@ -12,32 +10,40 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from config import Config, fail
-from model import PAD
+from regexes import regex_pairs
+from relations import Facts, relation_facts
 from synthetic import word_problems
-from tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
+from tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer, word_tokenizer
+from views import TARGET, Pairs, tokenize
 
 HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
-
-# The blocks of a row and, for each, the block it continues (see model.block_causal_mask):
-# an answer continues its question, so do the [PRED] tokens, and the target stands alone.
-TEXT, CODE, PRED, TARGET = 1, 2, 3, 4
-PARENTS = (None, None, TEXT, TEXT, None)  # of PAD, TEXT, CODE, PRED, TARGET
-LANGUAGE_MODEL = (TEXT, CODE)  # the blocks of a row without JEPA: an ordinary causal row
 
 
 # --- sources: where the pairs come from -------------------------------------------------------
 
 
 def load_rows(config: Config) -> tuple[dict[str, list[dict[str, str]]], str, str]:
-    """Rows {"question", "answer"} of each split, the data set's name, and where they came from."""
+    """Rows of each split as their source has them, the data set's name, and where from."""
     if config.dataset == "word_problems":
         return generated_rows(), "word_problems", "synthetic.py"
+    if config.dataset == "regex":
+        sizes = {"train": 8000, "val": 512, "test": 1000}
+        return {s: regex_pairs(s, n) for s, n in sizes.items()}, "regex", "regexes.py"
+    if config.dataset == "relations":
+        return relation_rows(config), "relations", "relations.py"
+    if config.dataset.endswith(".txt"):
+        path = Path(config.dataset)
+        return read_text(path), path.stem, str(path)
+    if config.dataset.endswith(".jsonl"):
+        path = Path(config.dataset)
+        return {"train": read_jsonl(path, config.bad_lines)}, path.stem, str(path)
+    if config.dataset != "gsm8k":
+        fail(f"dataset={config.dataset} is not gsm8k, word_problems, regex, relations, or the path "
+             "of a .jsonl or .txt file")
     folder = Path(config.data_dir or f"data/{config.dataset}")
     if (folder / "train.jsonl").exists():
         splits = ("train", "test") if (folder / "test.jsonl").exists() else ("train",)
@@ -75,8 +81,51 @@ def generated_rows() -> dict[str, list[dict[str, str]]]:
     return {split: word_problems(split, n) for split, n in sizes.items()}
 
 
-def read_jsonl(path: Path, bad_lines: str) -> list[dict[str, str]]:
-    """Rows of a JSONL file. A line that is no question/answer pair is named as file:line, or
+def relation_rows(config: Config) -> dict[str, list[dict[str, str]]]:
+    """Facts as words. Trained on: train facts in both directions, each with its inverse to predict,
+    and atomic facts in one, with none. Held out: the atomic facts' inverses, half each for val and
+    test; there the fact to predict from is the inverse, and the target the trained fact."""
+    sizes = [config.n_relations, config.n_train_entities, config.n_atomic_entities,
+             config.n_train_facts, config.n_atomic_facts]  # fmt: skip
+    try:
+        facts = relation_facts(*sizes, seed=0)
+    except ValueError as error:
+        fail(str(error))
+    words = fact_words(config)
+
+    def join(ids):
+        return "".join(words[i] for i in ids)
+
+    def rows(split, with_target):
+        inverses = facts[split]["inverse"] if with_target else [[]] * len(facts[split]["rows"])
+        return [
+            {"text": join(fact[:3]), "code": join(fact[3:]), "target": join(inverse)}
+            for fact, inverse in zip(facts[split]["rows"], inverses)
+        ]  # fmt: skip
+
+    held_out = rows("held_out", True)
+    return {"train": rows("train", True) + rows("atomic", False),
+            "val": held_out[::2], "test": held_out[1::2]}  # fmt: skip
+
+
+def fact_words(config: Config) -> list[str]:
+    """The vocabulary of dataset=relations."""
+    return Facts(config.n_relations, config.n_train_entities + config.n_atomic_entities).words()
+
+
+def read_text(path: Path) -> dict[str, list[dict[str, str]]]:
+    """A plain text file, in lines; the last tenth of them is held out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read {path} as UTF-8 text: {error}")
+    cut = len(lines) - len(lines) // 10
+    rows = [{"text": line, "code": ""} for line in lines]
+    return {"train": rows[:cut], "val": rows[cut:]}
+
+
+def read_jsonl(path: Path, bad_lines: str) -> list[dict]:
+    """Rows of a JSONL file. A line that is no pair (see as_pair) is named as file:line, or
     counted and left out with bad_lines="skip"."""
     rows, bad = [], 0
     try:
@@ -88,21 +137,44 @@ def read_jsonl(path: Path, bad_lines: str) -> list[dict[str, str]]:
             continue
         try:
             row = json.loads(line)
-            row = {key: row[key] for key in ("question", "answer")}
-            if not all(isinstance(v, str) and v.strip() for v in row.values()):
-                raise ValueError
-            "".join(row.values()).encode()  # half a surrogate pair is no text
+            as_pair(row)
             rows.append(row)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             if bad_lines == "error":
-                fail(f'{path}:{number}: not {{"question": text, "answer": text}}; mend the line, '
-                     "or --bad_lines=skip leaves such lines out")
+                fail(f"{path}:{number}: no pair of texts (question and answer, text and code, or "
+                     "messages); mend the line, or --bad_lines=skip leaves such lines out")
             bad += 1
     if bad:
         print(f"{path}: left out {bad} bad lines, kept {len(rows)}")
     if not rows:
-        fail(f"{path} holds no question/answer pair")
+        fail(f"{path} holds no pair")
     return rows
+
+
+def as_pair(row: dict) -> dict[str, str]:
+    """{"text", "code", "system"} of a row in any form; raises one of several errors for others.
+
+    {"question", "answer"}, {"text", "code"}, or {"messages": [...]} with roles: the last message,
+    the assistant's, is the code; an optional first one of the system is kept apart; all between
+    them (several turns, perhaps) is the text.
+    """
+    system = ""
+    if "messages" in row:
+        messages = row["messages"]
+        if messages[0]["role"] == "system":
+            system, messages = messages[0]["content"], messages[1:]
+        *turns, last = messages
+        if last["role"] != "assistant":
+            raise ValueError("the last message is not the assistant's")
+        pair = {"text": "\n".join(m["content"] for m in turns), "code": last["content"]}
+    else:
+        text, code = ("question", "answer") if "question" in row else ("text", "code")
+        pair = {"text": row[text], "code": row[code]}
+    for value in (*pair.values(), system + "x"):
+        if not value.strip():
+            raise ValueError("a view is empty")
+        value.encode()  # half a surrogate pair is no text
+    return {**pair, "system": system}
 
 
 def hub_unreachable() -> str:
@@ -140,116 +212,6 @@ def hub_rows(name: str, offline: bool = False) -> dict[str, list[dict[str, str]]
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-# --- views: pairs as tokens, and as rows of blocks --------------------------------------------
-
-
-class Rows(NamedTuple):
-    """A batch for the model, each (B, T): tokens, the block of each, next tokens (-1: no label)."""
-
-    idx: torch.Tensor
-    block: torch.Tensor
-    targets: torch.Tensor
-
-    def to(self, device: torch.device) -> "Rows":
-        if device.type != "cuda":
-            return Rows(*(t.to(device) for t in self))
-        return Rows(*(t.pin_memory().to(device, non_blocking=True) for t in self))
-
-
-@dataclass
-class Pairs:
-    """Tokenized pairs of one split: a flat token stream and where each view lies in it.
-
-    tokens (N,) int32; starts and lengths (n, 2) int64, column 0 the text view (ends in sep),
-    column 1 the code view (ends in eot).
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    config: Config
-    vocab_size: int
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def view(self, row: int, which: int) -> list[int]:
-        """Tokens of one view: which = 0 the text, 1 the code."""
-        start = self.starts[row, which]
-        return self.tokens[start : start + self.lengths[row, which]].tolist()
-
-    def batch(self, step: int) -> np.ndarray:
-        """(B,) the examples of micro-batch `step`, a pure function of (seed, step).
-
-        Every epoch is a new order without repeats. Within pools of 64 batches the examples are
-        sorted by length before they are cut into batches, so that a batch needs little padding;
-        then the batches are shuffled. What is left over at the end of an epoch waits for the
-        next order.
-        """
-        B = self.config.batch_size
-        epoch, step = divmod(step, len(self) // B)
-        if getattr(self, "_epoch", None) != epoch:  # planning an epoch costs milliseconds
-            rng = np.random.default_rng((self.config.seed, epoch))
-            order = rng.permutation(len(self))[: len(self) // B * B]
-            length = self.lengths[order] @ (1, 2)  # of a full row: text, code, code again
-            pool = np.arange(len(order)) // (64 * B)
-            order = order[np.lexsort((length, pool))].reshape(-1, B)
-            self._epoch, self._order = epoch, order[rng.permutation(len(order))]
-        return self._order[step]
-
-    def pack(self, rows: np.ndarray, blocks: tuple[int, ...]) -> Rows:
-        """Examples `rows` (B,) as rows that hold `blocks`, in that order, padded on the right.
-
-        Labels: each answer token, end of text included, is the target of the token before it;
-        labels="all" adds the question's. [PRED], padding and the target view carry none.
-        """
-        k, B = self.config.n_pred, len(rows)
-        text, code = self.lengths[rows].T
-        sizes = {TEXT: text, CODE: code, PRED: np.full(B, k), TARGET: code}
-        begins = {TEXT: self.starts[rows, 0], CODE: self.starts[rows, 1],
-                  TARGET: self.starts[rows, 1]}
-        width = int(sum(sizes[b] for b in blocks).max())
-        idx = np.zeros((B, width), np.int64)
-        block = np.full((B, width), PAD)
-        columns = np.arange(width)
-        start = np.zeros((B, 1), np.int64)  # column at which the block begins, in each row
-        for b in blocks:
-            within = columns - start  # (B, width) index inside the block
-            inside = (within >= 0) & (within < sizes[b][:, None])
-            if b == PRED:
-                tokens = self.vocab_size + within
-            else:
-                tokens = self.tokens[np.where(inside, begins[b][:, None] + within, 0)]
-            idx[inside], block[inside] = tokens[inside], b
-            start = start + sizes[b][:, None]
-        targets = np.full((B, width), -1)
-        labelled = (TEXT, CODE) if self.config.labels == "all" else (CODE,)
-        is_label = np.isin(block[:, 1:], labelled)
-        targets[:, :-1][is_label] = idx[:, 1:][is_label]
-        return Rows(*map(torch.from_numpy, (idx, block, targets)))
-
-
-def tokenize(rows: list[dict[str, str]], tokenizer: Tokenizer, config: Config) -> tuple[Pairs, int]:
-    """Pairs of the rows, and how many were left out because a path is longer than block_size.
-    They are left out whole: a view that lost its end would lose where its embedding is read."""
-    texts = tokenizer.encode([row["question"] for row in rows])
-    codes = tokenizer.encode([code_view(row["answer"], config.answer_view) for row in rows])
-    views = [[*ids, mark] for pair in zip(texts, codes)
-             for ids, mark in zip(pair, (tokenizer.sep, tokenizer.eot))]
-    lengths = np.array([len(v) for v in views], np.int64)
-    starts = (np.cumsum(lengths) - lengths).reshape(-1, 2)
-    lengths = lengths.reshape(-1, 2)
-    fits = np.maximum(lengths.sum(1), lengths[:, 0] + config.n_pred) <= config.block_size
-    tokens = np.fromiter((t for v in views for t in v), np.int32)
-    pairs = Pairs(tokens, starts[fits], lengths[fits], config, tokenizer.vocab_size)
-    return pairs, int((~fits).sum())
-
-
-def code_view(answer: str, answer_view: str) -> str:
-    """The worked answer as it is, or only the number after its last ####."""
-    return answer if answer_view == "full" else answer.rpartition("####")[2].strip()
-
-
 # --- all of it --------------------------------------------------------------------------------
 
 
@@ -276,8 +238,12 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
         train = rows["train"]
         rows["val"] = [train[i] for i in order[:n_val]]
         rows["train"] = [train[i] for i in np.sort(order[n_val:])]
-    if tokenizer is None and config.tokenizer == "bpe":
-        train_texts = [row[key] for row in rows["train"] for key in ("question", "answer")]
+    if config.views != "facts" and not config.dataset.endswith(".txt"):
+        rows = {split: [as_pair(row) for row in some] for split, some in rows.items()}
+    if tokenizer is None and config.tokenizer == "words":
+        tokenizer = word_tokenizer(fact_words(config))
+    elif tokenizer is None and config.tokenizer == "bpe":
+        train_texts = [row.get(key, "") for row in rows["train"] for key in ("text", "code")]
         tokenizer = train_tokenizer(train_texts, config.bpe_vocab_size)
     elif tokenizer is None:
         tokenizer = gpt2_tokenizer()
@@ -288,15 +254,20 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
     counts = ", ".join(f"{split} {len(p)}" for split, p in pairs.items())
     print(f"data {name} from {source}: {counts} pairs; sha256 of train {digest['train'][:12]}")
     print(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} tokens, "
-          f"train holds {pairs['train'].lengths.sum():,}")
+          f"train holds {pairs['train'].lengths[:, :2].sum():,}")
+    no_target = {s: int((p.lengths[:, TARGET - 1] == 0).sum()) for s, p in pairs.items()}
+    if any(no_target.values()):
+        print(f"without a second view, so without a JEPA term: {no_target}")
     if any(left_out.values()):
         print(f"left out as longer than block_size={config.block_size}: {left_out}")
     if len(pairs["train"]) < config.batch_size:
         fail(f"{len(pairs['train'])} training pairs from {source} are fewer than "
              f"batch_size={config.batch_size}; lower it or bring more data")
-    if len(pairs["val"]) < 2:
-        fail(f"{len(pairs['val'])} validation pairs from {source}: mismatched cosine needs 2, "
-             "and validation takes a tenth of train; bring at least 20 pairs")
+    n_val = pairs["val"].has_target(np.arange(min(config.eval_pairs, len(pairs["val"])))).sum()
+    if n_val < 2:
+        why = " with two steps" if config.views == "steps" else ""
+        fail(f"{n_val} validation pairs{why} from {source}: mismatched cosine needs 2, and "
+             "validation takes a tenth of train; bring at least 20 pairs")
     provenance = {
         "dataset": name, "source": source, "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,

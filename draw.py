@@ -1,8 +1,8 @@
 """Draw the blocks, mask and read positions of a training row, as text and as out/mask.png.
 
-    python draw.py [RECIPE] [--key=value ...]      for example: python draw.py gsm8k_jepa --n_pred=3
+    python draw.py [RECIPE] [--key=value ...]      for example: python draw.py --layout=plan
 
-The row is a toy pair, but it is packed by data.py and masked by model.py: what you see is what
+The row is a toy pair, but it is packed by views.py and masked by model.py: what you see is what
 the model gets.
 """
 
@@ -11,38 +11,48 @@ from pathlib import Path
 import numpy as np
 
 from config import load_config
-from data import CODE, PARENTS, PRED, TARGET, TEXT, Pairs
 from model import PAD, block_causal_mask, visible_blocks
 from run import exit_quietly
+from views import AGAIN, CODE, PRED, TARGET, TEXT, Pairs
 
-NAMES = {TEXT: "question", CODE: "answer", PRED: "[PRED]", TARGET: "answer again (target)"}
-COLORS = {TEXT: "#2a6f97", CODE: "#588157", PRED: "#c8553d", TARGET: "#9a6fb0"}
+BLOCKS = {  # letter in the drawing, name, colour
+    TEXT: ("q", "question", "#2a6f97"),
+    CODE: ("a", "answer", "#588157"),
+    PRED: ("P", "[PRED]", "#c8553d"),
+    TARGET: ("t", "answer again", "#9a6fb0"),
+    AGAIN: ("g", "question again", "#d99a2b"),
+}
 WORDS = ["two", "plus", "three", "?", "<sep>", "five", "<eot>"]  # the toy pair; token i is word i
 
 
 def main(argv: list[str]) -> None:
     config = load_config(argv)
     pairs = Pairs(
-        tokens=np.arange(len(WORDS)), starts=np.array([[0, 5]]), lengths=np.array([[5, 2]]),
-        config=config, vocab_size=len(WORDS),
+        tokens=np.arange(7), is_label=np.arange(7) >= (0 if config.labels == "all" else 5),
+        starts=np.array([[0, 5, 5]]), lengths=np.array([[5, 2, 2]]), asked=np.array([5]),
+        config=config, vocab_size=7,
     )  # fmt: skip
-    row = pairs.pack(np.array([0]), (TEXT, CODE, PRED, TARGET))
-    n = int((row.block != PAD).sum())  # without padding
-    mask, positions = (t[0, :n] for t in block_causal_mask(row.block, visible_blocks(PARENTS)))
+    layout = pairs.layout
+    row = pairs.pack(np.array([0]), layout.row)
+    n = int((row.block != PAD).sum())
+    sees = visible_blocks(layout.parents)
+    mask, positions = (t[0, :n] for t in block_causal_mask(row.block, sees))
     idx, block, targets = (t[0, :n].tolist() for t in row)
     words = [WORDS[i] if i < len(WORDS) else f"[PRED{i - len(WORDS)}]" for i in idx]
     labels = ["" if t < 0 else WORDS[t] for t in targets]
-    reads = [""] * len(words)
-    pred_block = PRED if config.n_pred else TEXT
-    reads[len(block) - 1 - block[::-1].index(pred_block)] = "Pred is read here"
-    reads[-1] = "Enc is read here"
+    reads = [""] * n
+    for name, which in (("Pred", layout.pred), ("Enc", layout.enc)):
+        mean = config.pooling == "mean" and name == "Enc"
+        what = f"{name} is the mean of this block" if mean else f"{name} is read here"
+        reads[n - 1 - block[::-1].index(which)] += what
 
     width = max(len(word) for word in words) + 2
-    print(" " * (width + 6) + " ".join("qaPt"[b - 1] for b in block) + "   pos  label")
+    letters = [BLOCKS[b][0] for b in block]
+    print(" " * (width + 5) + " ".join(letters) + "   pos  label")
     for i, word in enumerate(words):
         cells = " ".join("1" if seen else "." for seen in mask[i, :n])
-        print(f"{word:>{width}}  {'qaPt'[block[i] - 1]} | {cells}   {positions[i]:3}  "
-              f"{labels[i]:<8}{reads[i]}")
+        note = f"{labels[i]:<8}{reads[i]}"
+        print(f"{word:>{width}}  {letters[i]}  {cells}   {positions[i]:3}  {note}".rstrip())
     path = Path("out/mask.png")
     path.parent.mkdir(exist_ok=True)
     draw(words, block, mask, positions.tolist(), labels, reads).savefig(path, dpi=110)
@@ -54,16 +64,16 @@ def draw(words, block, mask, positions, labels, reads):
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    n = len(words)
+    n, colors = len(words), {b: color for b, (_, _, color) in BLOCKS.items()}
     figure = Figure(figsize=(4.6 + 0.42 * n, 1.9 + 0.38 * n), layout="constrained")
     axis = figure.subplots()
     for i in range(n):
         for j in range(n):
-            color = COLORS[block[j]] if mask[i, j] else "#f1f1f1"
+            color = colors[block[j]] if mask[i, j] else "#f1f1f1"
             axis.add_patch(Rectangle((j, i), 0.94, 0.94, color=color))
         axis.text(n + 0.4, i + 0.5, str(positions[i]), va="center", family="monospace")
-        axis.text(n + 1.5, i + 0.5, labels[i], va="center", color=COLORS[CODE])
-        axis.text(n + 3.5, i + 0.5, reads[i], va="center", color=COLORS[block[i]], weight="bold")
+        axis.text(n + 1.5, i + 0.5, labels[i], va="center", color=colors[CODE])
+        axis.text(n + 3.5, i + 0.5, reads[i], va="center", color=colors[block[i]], weight="bold")
     for title, x in (("position", n + 0.1), ("label", n + 1.9)):
         axis.text(x, -0.25, title, ha="left", fontsize=8, color="grey")
     axis.set(xlim=(0, n + 7.5), ylim=(n, -0.6), aspect="equal")
@@ -71,12 +81,12 @@ def draw(words, block, mask, positions, labels, reads):
     axis.set_yticks([i + 0.5 for i in range(n)], words)
     for tick_labels in (axis.get_xticklabels(), axis.get_yticklabels()):
         for i, label in enumerate(tick_labels):
-            label.set_color(COLORS[block[i]])
+            label.set_color(colors[block[i]])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    shown = [b for b in NAMES if b in block]
-    figure.legend(handles=[Patch(color=COLORS[b], label=NAMES[b]) for b in shown], ncols=len(shown),
-                  loc="outside upper left", frameon=False)  # fmt: skip
+    shown = [b for b in BLOCKS if b in block]
+    figure.legend(handles=[Patch(color=colors[b], label=BLOCKS[b][1]) for b in shown],
+                  ncols=len(shown), loc="outside upper left", frameon=False)  # fmt: skip
     axis.set_title("each row: what this token may see", fontsize=10, loc="left")
     return figure
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from config import fail, parse_args
-from data import PARENTS, load_data
+from data import load_data
 from jepa import alignment, cosines, off_diagonal, verdict
 from model import GPT
 from run import (
@@ -73,9 +74,10 @@ def main(argv: list[str]) -> None:
                  f"other data than {data.provenance['source']} holds; --data_dir names a folder")
         if digest not in (None, trained_on["train_sha256"]):
             fail(f"{run.path} was trained on other data than {paths[0]}: compare runs on one set")
-        if len(data.pairs.get(args.split, ())) < 2:
+        pairs = data.pairs.get(args.split)
+        if pairs is None or pairs.has_target(np.arange(min(args.n_pairs, len(pairs)))).sum() < 2:
             fail(f"{data.provenance['source']} has fewer than 2 {args.split} pairs")
-        digest, pairs = trained_on["train_sha256"], data.pairs[args.split]
+        digest = trained_on["train_sha256"]
 
         def measure(name, model, step, curve, config=run.config, pairs=pairs):
             val_ce, pred, target = encode_pairs(model, pairs, args.n_pairs, device, autocast)
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> None:
         measured.append(measure(run.name, run.model, run.step, curve))
         if floor is None:
             torch.manual_seed(run.config.seed)
-            untrained = GPT(run.config, run.tokenizer.vocab_size, PARENTS).to(device)
+            untrained = GPT(run.config, run.tokenizer.vocab_size, pairs.layout.parents).to(device)
             floor = measure("untrained", untrained, 0, [])
     # JEPA first, then the baselines, then the floor
     measured = [*sorted(measured, key=lambda m: m.numbers["jepa_weight"] == 0), floor]

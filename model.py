@@ -25,13 +25,13 @@ PAD = 0  # block number of padding, by which it is known: no token value is spec
 def visible_blocks(parents: Sequence[int | None]) -> torch.Tensor:
     """(n, n) bool: may a token of block b see block c? parents[b] is the block that b continues.
 
-    A block sees itself, its parent, its parent's parent, ... A block is numbered after its parent.
+    A block sees itself, its parent, its parent's parent, ...
     """
     sees = torch.eye(len(parents), dtype=torch.bool)
-    for block, parent in enumerate(parents):
-        if parent is not None:
-            assert parent < block, "a block comes after the block it continues"
-            sees[block] |= sees[parent]
+    for block, ancestor in enumerate(parents):
+        while ancestor is not None:
+            sees[block, ancestor] = True
+            ancestor = parents[ancestor]
     return sees
 
 
@@ -53,7 +53,7 @@ def block_causal_mask(block: torch.Tensor, sees: torch.Tensor) -> tuple[torch.Te
     itself, so a block that continues nothing starts at 0, wherever it stands in the row.
 
     Args:
-        block: (B, T) int, the block each token belongs to; a block stands after its parent.
+        block: (B, T) int, the block each token belongs to; a block stands right of its parent.
         sees: (n, n) bool from `visible_blocks`.
     Returns:
         attn_mask (B, T, T) bool, True = may attend; position_ids (B, T) int, padding at 0.
@@ -65,8 +65,13 @@ def block_causal_mask(block: torch.Tensor, sees: torch.Tensor) -> tuple[torch.Te
     return attn_mask, position_ids
 
 
-def last_hidden(hidden: torch.Tensor, block: torch.Tensor, which: int) -> torch.Tensor:
-    """Hidden state at the last token of block `which`: (B, T, C) and (B, T) -> (B, C)."""
+def read_hidden(
+    hidden: torch.Tensor, block: torch.Tensor, which: int, pooling: str = "last"
+) -> torch.Tensor:
+    """Hidden state of block `which`, at its last token or its mean: (B, T, C), (B, T) -> (B, C)."""
+    if pooling == "mean":
+        inside = (block == which)[..., None]  # (B, T, 1)
+        return (hidden * inside).sum(1) / inside.sum(1).clamp(min=1)
     T = block.size(1)
     columns = torch.arange(T, device=block.device)
     at = torch.where(block == which, columns, -1).amax(1)  # (B,)

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from config import Config, fail
-from data import CODE, PARENTS, PRED, TARGET, TEXT, Pairs
-from model import GPT, last_hidden
+from model import GPT, read_hidden
 from tokenizer import Tokenizer, gpt2_tokenizer
+from views import Pairs, layout_of
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
@@ -125,7 +126,7 @@ def load_run(path: Path, device: torch.device) -> Run:
     state = read_checkpoint(path)
     config = config_of(state, path)
     tokenizer = tokenizer_of(state, path)
-    model = GPT(config, tokenizer.vocab_size, PARENTS)
+    model = GPT(config, tokenizer.vocab_size, layout_of(config).parents)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -142,9 +143,10 @@ def config_of(state: dict[str, Any], path: Path) -> Config:
 
 
 def tokenizer_of(state: dict[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer a checkpoint was trained with: bpe is stored in it, gpt2 is rebuilt."""
+    """The tokenizer a checkpoint was trained with: gpt2 is rebuilt, others are stored in it."""
     saved = state["tokenizer"]
-    tokenizer = Tokenizer.parse("bpe", saved["ranks"]) if saved["ranks"] else gpt2_tokenizer()
+    ranks = saved["ranks"]
+    tokenizer = Tokenizer.parse(saved["name"], ranks) if ranks else gpt2_tokenizer()
     if tokenizer.sha256 != saved["sha256"]:
         fail(f"{path} was made with another tokenizer ({saved['name']} {saved['sha256'][:12]}, "
              f"here {tokenizer.sha256[:12]}); its answers would be noise")
@@ -153,7 +155,7 @@ def tokenizer_of(state: dict[str, Any], path: Path) -> Tokenizer:
 
 def checkpoint_state(config: Config, model: GPT, tokenizer: Tokenizer, **more) -> dict[str, Any]:
     """What every checkpoint holds; plain types only, so that it loads without running code."""
-    ranks = tokenizer.dump() if tokenizer.name == "bpe" else ""
+    ranks = "" if tokenizer.name == "gpt2" else tokenizer.dump()
     return {
         "format": "nanoJEPA 1", "config": asdict(config), "model": model.state_dict(),
         "tokenizer": {"name": tokenizer.name, "ranks": ranks, "sha256": tokenizer.sha256}, **more,
@@ -186,26 +188,28 @@ def read_metrics(path: Path) -> list[dict]:
 def encode_pairs(model: GPT, pairs: Pairs, n: int, device: torch.device, autocast):
     """Cross-entropy and both views' embeddings of the first n pairs of a split.
 
-    Returns: mean cross-entropy per label in nats; pred and target, (n, C) float32 on the CPU.
+    Returns: mean cross-entropy per label in nats; pred and target, float32 on the CPU, (m, C) for
+    the m of them that have both views, in the order of the pairs.
     """
     n = min(n, len(pairs))
-    order = sorted(range(n), key=lambda i: pairs.lengths[i].sum())  # little padding
-    pred_block = PRED if pairs.config.n_pred else TEXT
-    pred = torch.empty(n, pairs.config.n_embd)
+    layout, config = pairs.layout, pairs.config
+    order = np.argsort(pairs.lengths[:n].sum(1), kind="stable")  # little padding
+    has_target = pairs.has_target(np.arange(n))
+    pred = torch.empty(n, config.n_embd)
     target = torch.empty_like(pred)
     ce, n_labels = 0.0, 0
     was_training = model.training
     model.eval()
     for begin in range(0, n, 16):
         at = order[begin : begin + 16]
-        rows = pairs.pack(at, (TEXT, CODE, PRED, TARGET)).to(device)
+        rows = pairs.pack(at, layout.row, has_target[at]).to(device)
         with autocast():
             hidden, ce_sum = model(*rows)
         ce, n_labels = ce + ce_sum.item(), n_labels + (rows.targets != -1).sum().item()
-        pred[at] = last_hidden(hidden, rows.block, pred_block).float().cpu()
-        target[at] = last_hidden(hidden, rows.block, TARGET).float().cpu()
+        pred[at] = read_hidden(hidden, rows.block, layout.pred).float().cpu()
+        target[at] = read_hidden(hidden, rows.block, layout.enc, config.pooling).float().cpu()
     model.train(was_training)
-    return ce / n_labels, pred, target
+    return ce / n_labels, pred[has_target], target[has_target]
 
 
 def exit_quietly(main) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from config import fail, parse_args
 from data import load_data
 from run import exit_quietly, load_run, pick_device, runs_newest_first
+from views import CODE, pred_tokens
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
 
     tokenizer = run.tokenizer
     if args.prompt:
-        prompts = [[*tokenizer.encode([args.prompt])[0], tokenizer.sep]] * args.num_samples
+        prompt = [*tokenizer.encode([args.prompt])[0], tokenizer.sep]
+        prompts = [prompt + pred_tokens(run.config, tokenizer.vocab_size)] * args.num_samples
         questions, answers = [args.prompt] * args.num_samples, [None] * args.num_samples
     else:
         config = replace(run.config, data_dir=args.data_dir or run.config.data_dir)
@@ -57,9 +59,9 @@ def main(argv: list[str]) -> None:
                   f"{trained_on['source']}); these questions may not be held out")
         held_out = data.pairs["val"]
         rows = range(min(args.num_samples, len(held_out)))
-        prompts = [held_out.view(row, 0) for row in rows]
+        prompts = [held_out.prompt(row) for row in rows]
         questions = [tokenizer.decode(prompt) for prompt in prompts]
-        answers = [tokenizer.decode(held_out.view(row, 1)) for row in rows]
+        answers = [tokenizer.decode(held_out.view(row, CODE)) for row in rows]
     room = run.config.block_size - 1
     if len(prompts[0]) > room and args.prompt:
         fail(f"the prompt has {len(prompts[0])} tokens, its end mark included; the context of "

@@ -14,22 +14,23 @@ ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf6367
 GPT2_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
+PATTERNS = {"gpt2": GPT2_PATTERN, "bpe": GPT2_PATTERN, "words": r" [^ ]+"}  # what a token may span
 
 
 class Tokenizer:
-    """Byte-level BPE, run by tiktoken, with two special tokens above the text vocabulary.
+    """Byte-level BPE, or whole words, run by tiktoken, with two special tokens above the text's.
 
     eot ends every code view (and is where Enc(code) is read); sep ends every text view. User text
     never yields either. vocab_size is rounded up to a multiple of 64 for fast matrix products.
     """
 
-    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN):
+    def __init__(self, name: str, ranks: dict[bytes, int]):
         self.name, self.ranks = name, ranks
         self.eot, self.sep = len(ranks), len(ranks) + 1
         self.vocab_size = -(-(len(ranks) + 2) // 64) * 64
         special = {"<|endoftext|>": self.eot, "<|sep|>": self.sep}
         self.bpe = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special
         )
         self.sha256 = hashlib.sha256(self.dump().encode()).hexdigest()
 
@@ -76,3 +77,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - 2, pattern=GPT2_PATTERN)
     return Tokenizer("bpe", {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+
+
+def word_tokenizer(words: list[str]) -> Tokenizer:
+    """A token for each of the words, which begin with a space; no others can be written."""
+    return Tokenizer("words", {word.encode(): rank for rank, word in enumerate(words)})

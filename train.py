@@ -5,6 +5,7 @@
 A flat script: read main() from top to bottom. The objective is the line that sets `loss`.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -13,13 +14,12 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from config import Config, fail, load_config
-from data import LANGUAGE_MODEL, PARENTS, PRED, TARGET, TEXT, Data, Pairs, load_data
+from data import Data, load_data
 from jepa import alignment, distance, spread, verdict
-from model import GPT, PAD, last_hidden
+from model import GPT, PAD, read_hidden
 from run import (
     checkpoint_state,
     config_of,
@@ -31,6 +31,7 @@ from run import (
     save_checkpoint,
     versions,
 )
+from views import Pairs
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -54,55 +55,59 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
-def skips_jepa(step: int, config: Config) -> bool:
-    """Loss dropout: a step skips the JEPA term and its cost. Weight 0 skips it always."""
-    if config.jepa_weight == 0:
-        return True
-    return np.random.default_rng((config.seed, step)).random() < config.jepa_dropout
-
-
 def forward_backward(
-    model: GPT, train: Pairs, step: int, with_jepa: bool, device: torch.device, autocast
+    model: GPT, train: Pairs, step: int, device: torch.device, autocast, ema: GPT | None = None
 ) -> tuple[dict[str, float], int]:
-    """Accumulate the gradient of one step's loss; the loss's terms, and the tokens it took."""
-    config = train.config
+    """Accumulate the gradient of one step's loss; the loss's terms, and the tokens it took.
+
+    `ema`, where there is one, encodes the targets.
+    """
+    config, layout = train.config, train.layout
     n_micro = config.gradient_accumulation_steps
     # At first JEPA's gradient is the larger one, and clipping would take that out of CE's.
     grown = min(1.0, step / config.jepa_warmup_iters) if config.jepa_warmup_iters else 1.0
     # The target shares the row of its question and answer, unless it needs no gradient: then it
     # runs in a pass of its own, forward only.
-    blocks = LANGUAGE_MODEL + (PRED,) * with_jepa + (TARGET,) * (with_jepa and not config.stop_grad)
+    apart = config.stop_grad or ema is not None
     examples = [train.batch(step * n_micro + i) for i in range(n_micro)]
-    batches = [train.pack(rows, blocks) for rows in examples]
-    # Mean over all labels of the step, not of a micro-batch: n_micro micro-batches then give the
-    # gradient of one large batch, for both losses alike.
+    with_jepa = [train.with_jepa(rows, step, i) for i, rows in enumerate(examples)]
+    blocks = layout.without_target() if apart else layout.row
+    batches = [train.pack(rows, blocks, keep) for rows, keep in zip(examples, with_jepa)]
+    # Mean over all labels and all JEPA examples of the step, not of a micro-batch: n_micro
+    # micro-batches then give the gradient of one large batch, for both losses alike.
     n_labels = sum((rows.targets != -1).sum().item() for rows in batches)
+    n_pairs = sum(keep.sum() for keep in with_jepa)  # examples that carry the JEPA term
     n_tokens = sum((rows.block != PAD).sum().item() for rows in batches)
     total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0, "loss": 0.0}
-    for numbers, rows in zip(examples, batches):
+    for numbers, keep, rows in zip(examples, with_jepa, batches):
         rows = rows.to(device)
         with autocast():
             hidden, ce_sum = model(*rows)
-            if with_jepa and config.stop_grad:  # after the other pass: autocast caches its weights
-                own = train.pack(numbers, (TARGET,)).to(device)
-                n_tokens += (own.block != PAD).sum().item()
-                with torch.no_grad():
-                    target = last_hidden(model(own.idx, own.block)[0], own.block, TARGET)
-            elif with_jepa:
-                target = last_hidden(hidden, rows.block, TARGET)
         ce = ce_sum / n_labels
         jepa = regularizer = torch.zeros((), device=device)
-        if with_jepa:
-            pred = last_hidden(hidden, rows.block, PRED if config.n_pred else TEXT)  # (B, C)
-            jepa = distance(pred, target, config.jepa_loss) / n_micro
-            if config.spread != "none":
-                regularizer = spread(pred, target, config.spread) / n_micro
+        if keep.any():
+            kept = torch.from_numpy(keep).to(device)
+            pred = read_hidden(hidden, rows.block, layout.pred)[kept]  # (B, C)
+            if apart:  # after the other pass: autocast caches its weights
+                own = train.pack(numbers[keep], (layout.enc,)).to(device)
+                n_tokens += (own.block != PAD).sum().item()
+                with torch.no_grad(), autocast():
+                    hidden = (ema or model)(own.idx, own.block)[0]
+                target = read_hidden(hidden, own.block, layout.enc, config.pooling)
+            else:
+                target = read_hidden(hidden, rows.block, layout.enc, config.pooling)[kept]
+            share = float(keep.sum() / n_pairs)
+            jepa = distance(pred, target, config.jepa_loss) * share
+            if config.spread != "none" and len(pred) > 1:
+                regularizer = spread(pred, target, config.spread) * share
         loss = config.ce_weight * ce + grown * (
             config.jepa_weight * jepa + config.spread_weight * regularizer
         )
         loss.backward()
         for name, value in zip(total, (ce, jepa, regularizer, loss)):
             total[name] += value.item()
+    if not n_pairs:
+        del total["jepa"], total["spread"]
     return total, n_tokens
 
 
@@ -126,8 +131,9 @@ def main(argv: list[str]) -> None:
             fail(f"{out_dir}/ckpt.pt was trained on other data: {', '.join(changed)} changed")
 
     torch.manual_seed(config.seed)
-    model = GPT(config, tokenizer.vocab_size, PARENTS).to(device)
+    model = GPT(config, tokenizer.vocab_size, train.layout.parents).to(device)
     optimizer = make_optimizer(model, config)
+    ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None  # encodes targets
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"model {n_parameters / 1e6:.1f}M parameters, {config.max_iters} steps, run {out_dir}")
     step, tokens_seen, seconds, best_ce = 0, 0, 0.0, math.inf
@@ -136,6 +142,8 @@ def main(argv: list[str]) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         step, tokens_seen, seconds = saved["step"], saved["tokens"], saved["seconds"]
         best_ce = saved["best_ce"]
+        if ema:
+            ema.load_state_dict(saved["ema"])
         torch.set_rng_state(saved["rng"])
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"], device)
@@ -164,7 +172,8 @@ def main(argv: list[str]) -> None:
     def save_last():
         cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         save("ckpt.pt", optimizer=optimizer.state_dict(), tokens=tokens_seen, seconds=seconds,
-             best_ce=best_ce, rng=torch.get_rng_state(), cuda_rng=cuda_rng)
+             best_ce=best_ce, rng=torch.get_rng_state(), cuda_rng=cuda_rng,
+             ema=ema.state_dict() if ema else None)
 
     # Ctrl-C and SIGTERM finish the step, save and exit; a second one ends at once.
     stop_signal = 0
@@ -221,8 +230,7 @@ def main(argv: list[str]) -> None:
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with_jepa = not skips_jepa(step, config)
-        total, tokens = forward_backward(model, train, step, with_jepa, device, autocast)
+        total, tokens = forward_backward(model, train, step, device, autocast, ema)
         tokens_seen += tokens
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), config.grad_clip or math.inf
@@ -232,19 +240,21 @@ def main(argv: list[str]) -> None:
                  f"the update; {out_dir} keeps the last checkpoint, a lower learning_rate may help")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if ema:
+            with torch.no_grad():
+                for average, p in zip(ema.parameters(), model.parameters()):
+                    average.lerp_(p, 1 - config.ema)
 
         # report
         took = time.time() - t0
         seconds += took
         recent = [*recent[-19:], (took, tokens)]
-        jepa_terms = {} if not with_jepa else {k: total[k] for k in ("jepa", "spread")}
-        log(step=step, ce=total["ce"], **jepa_terms, loss=total["loss"], lr=lr, grad_norm=norm,
-            tokens=tokens_seen, seconds=seconds)
+        log(step=step, **total, lr=lr, grad_norm=norm, tokens=tokens_seen, seconds=seconds)
         if step % config.log_interval == 0:
             recent_seconds, recent_tokens = map(sum, zip(*recent))
             rate = recent_tokens / recent_seconds
             eta = (config.max_iters - step - 1) * recent_seconds / len(recent)
-            shown = f"jepa {total['jepa']:.4f}" if with_jepa else "jepa -"
+            shown = f"jepa {total['jepa']:.4f}" if "jepa" in total else "jepa -"
             cosine = (f"cos {measures['matched']:.2f}/{measures['mismatched']:.2f} | "
                       if measures else "")
             print(f"step {step}/{config.max_iters} | loss {total['loss']:.4f} | ce "
@@ -287,7 +297,8 @@ def set_aside(out_dir: Path) -> Path:
 
 def compile_or_not(model: GPT, data: Data, device: torch.device, autocast) -> None:
     """Compile forward in place, or say why not and go on uncompiled."""
-    rows = data.pairs["train"].pack(data.pairs["train"].batch(0), LANGUAGE_MODEL).to(device)
+    train = data.pairs["train"]
+    rows = train.pack(train.batch(0), train.layout.row).to(device)
     try:
         model.compile(dynamic=True)
         with autocast():

@@ -234,6 +234,15 @@ def test_a_number_must_be_finite(text, capsys):
     (["--bpe_vocab_size=319"], "bpe_vocab_size=319 must be at least 320"),
     (["--eval_pairs=1"], "eval_pairs=1"),
     (["--seed=100000000000000000000"], "seed=1"),
+    (["--ema=1"], "ema=1.0 must be below 1"),
+    (["--layout=plan", "--direction=reverse"], "layout=plan and direction=reverse are two layouts"),
+    (["--layout=isolated", "--pred_place=front"], "layout=isolated and pred_place=front"),
+    (["--direction=reverse", "--pred_place=front"], "direction=reverse and pred_place=front"),
+    (["--layout=plan", "--n_pred=0"], "layout=plan needs [PRED]"),
+    (["--pred_place=front", "--n_pred=0"], "pred_place=front needs [PRED]"),
+    (["--views=steps", "--layout=plan"], "layout=plan goes with views=pairs, not steps"),
+    (["--views=steps", "--direction=reverse"], "direction=reverse goes with views=pairs"),
+    (["--views=steps", "--answer_view=final"], "answer_view=full"),
 ])  # fmt: skip
 def test_values_that_cannot_work_are_refused(args, named, capsys):
     assert named in error_line(capsys, args)
@@ -243,7 +252,8 @@ def test_values_that_cannot_work_are_refused(args, named, capsys):
     ["--batch_size=1"], ["--batch_size=1", "--jepa_loss=infonce", "--jepa_weight=0"],
     ["--bpe_vocab_size=320"], ["--min_lr=1e-3"], ["--n_pred=0"], ["--dropout=0.99"],
     ["--grad_clip=0"], ["--warmup_iters=0"], ["--spread=cross", "--spread_weight=0.1"],
-    ["--eval_pairs=2"], ["--seed=0"],
+    ["--eval_pairs=2"], ["--seed=0"], ["--views=steps", "--n_pred=0"], ["--ema=0.999"],
+    ["--layout=isolated", "--n_pred=0"], ["--direction=reverse", "--n_pred=0"],
 ])  # fmt: skip
 def test_values_at_the_edge_are_accepted(args):
     assert isinstance(load_config(args), Config)

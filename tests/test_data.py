@@ -1,4 +1,4 @@
-"""Claims about data.py: where rows come from, tokenizers, batches, rows of blocks."""
+"""Claims about data.py, tokenizer.py and the plain tree of views.py: sources, batches, rows."""
 
 import hashlib
 import http.server
@@ -13,10 +13,12 @@ import pytest
 
 import data
 from config import Config
-from data import CODE, LANGUAGE_MODEL, PRED, TARGET, TEXT, Pairs, load_data, load_rows, read_jsonl
+from data import as_pair, load_data, load_rows, read_jsonl
 from synthetic import word_problems
+from views import CODE, PRED, TARGET, TEXT, Pairs, code_view, tokenize
 
 BATCHES = Config(batch_size=8, block_size=256)
+LANGUAGE_MODEL = (TEXT, CODE)
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +51,13 @@ def gpt2():
 @pytest.fixture(scope="module")
 def problems(bpe):
     """1,001 word problems as Pairs: 125 batches an epoch, and one example left over."""
-    pairs, left_out = data.tokenize(word_problems("train", 1001), bpe, BATCHES)
+    pairs, left_out = tokenized(word_problems("train", 1001), bpe, BATCHES)
     assert left_out == 0
     return pairs
+
+
+def tokenized(rows, tokenizer, config):
+    return tokenize([as_pair(row) for row in rows], tokenizer, config)
 
 
 def error_line(capsys, function, *args, **kwargs):
@@ -81,8 +87,11 @@ NO = -1  # no label
 
 
 def hand_made(**settings):
-    return Pairs(np.array([1, 2, 8, 3, 4, 9, 5, 8, 6, 9], np.int32), np.array([[0, 3], [6, 8]]),
-                 np.array([[3, 3], [2, 2]]), Config(**settings), vocab_size=10)  # fmt: skip
+    tokens = np.array([1, 2, 8, 3, 4, 9, 5, 8, 6, 9], np.int32)
+    is_label = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1, 1], bool) | (settings.get("labels") == "all")
+    return Pairs(tokens, is_label, np.array([[0, 3, 3], [6, 8, 8]]),
+                 np.array([[3, 3, 3], [2, 2, 2]]), np.array([3, 2]), Config(**settings),
+                 vocab_size=10)  # fmt: skip
 
 
 def drawn(rows):
@@ -138,7 +147,7 @@ def test_rows_come_in_the_order_asked_for():
 
 def test_real_token_zero_is_not_padding(gpt2):
     """GPT-2's token 0 is "!": padding is known by its block, so "!" keeps its block and label."""
-    pairs, _ = data.tokenize([{"question": "!", "answer": "!!"}, {"question": "a", "answer": "!"}],
+    pairs, _ = tokenized([{"question": "!", "answer": "!!"}, {"question": "a", "answer": "!"}],
                              gpt2, Config())  # fmt: skip
     rows = pairs.pack(np.array([1]), LANGUAGE_MODEL)
     assert drawn(rows) == [[[64, gpt2.sep, 0, gpt2.eot]], [[Q, Q, A, A]],
@@ -150,15 +159,15 @@ def test_real_token_zero_is_not_padding(gpt2):
 ])  # fmt: skip
 def test_views_end_in_their_marks(answer_view, code, bpe):
     row = {"question": "How many?", "answer": "He has 2+3 = <<2+3=5>>5.\n#### 5"}
-    pairs, left_out = data.tokenize([row], bpe, Config(answer_view=answer_view))
-    assert pairs.view(0, 0) == [*bpe.encode(["How many?"])[0], bpe.sep]
-    assert pairs.view(0, 1) == [*bpe.encode([code])[0], bpe.eot]
+    pairs, left_out = tokenized([row], bpe, Config(answer_view=answer_view))
+    assert pairs.view(0, TEXT) == [*bpe.encode(["How many?"])[0], bpe.sep]
+    assert pairs.view(0, CODE) == [*bpe.encode([code])[0], bpe.eot]
     assert left_out == 0
 
 
 def test_final_view_is_what_follows_the_last_marks():
-    assert data.code_view("#### 1\n#### 1,234 ", "final") == "1,234"
-    assert data.code_view("no marks", "final") == "no marks"
+    assert code_view("#### 1\n#### 1,234 ", "final") == "1,234"
+    assert code_view("no marks", "final") == "no marks"
 
 
 @pytest.mark.parametrize("n_pred", [0, 1, 40])
@@ -166,14 +175,14 @@ def test_too_long_examples_are_left_out_whole_and_counted(n_pred, bpe):
     """A path is question + answer or question + [PRED], whichever is longer: exactly block_size
     fits."""
     rows = word_problems("train", 50)
-    full, _ = data.tokenize(rows, bpe, Config(block_size=10_000))
-    path = np.maximum(full.lengths.sum(1), full.lengths[:, 0] + n_pred)
+    full, _ = tokenized(rows, bpe, Config(block_size=10_000))
+    path = np.maximum(full.lengths[:, :2].sum(1), full.lengths[:, 0] + n_pred)
     limit = sorted(path)[25]
-    pairs, left_out = data.tokenize(rows, bpe, Config(block_size=limit, n_pred=n_pred))
+    pairs, left_out = tokenized(rows, bpe, Config(block_size=limit, n_pred=n_pred))
     kept = np.flatnonzero(path <= limit)
     assert 0 < left_out == 50 - len(kept)
-    assert [pairs.view(i, 0) + pairs.view(i, 1) for i in range(len(pairs))] == [
-        full.view(i, 0) + full.view(i, 1) for i in kept
+    assert [pairs.view(i, TEXT) + pairs.view(i, CODE) for i in range(len(pairs))] == [
+        full.view(i, TEXT) + full.view(i, CODE) for i in kept
     ]
 
 
@@ -218,15 +227,15 @@ def test_batches_are_those_of_the_baseline(change, bpe):
     """Two runs that differ in the objective see the same examples at the same step."""
     rows = word_problems("train", 100)
     config = Config(batch_size=4)
-    baseline, _ = data.tokenize(rows, bpe, config)
-    changed, _ = data.tokenize(rows, bpe, replace(config, **change))
+    baseline, _ = tokenized(rows, bpe, config)
+    changed, _ = tokenized(rows, bpe, replace(config, **change))
     for step in (0, 40):
         assert changed.batch(step).tolist() == baseline.batch(step).tolist()
 
 
 def test_sorting_by_length_leaves_little_padding(gpt2):
     """Of the rows of a run without JEPA; those with all four blocks are longer and waste less."""
-    pairs, _ = data.tokenize(word_problems("train", 2048), gpt2, Config(batch_size=16))
+    pairs, _ = tokenized(word_problems("train", 2048), gpt2, Config(batch_size=16))
     used, total = 0, 0
     for step in range(len(pairs) // 16):
         block = pairs.pack(pairs.batch(step), LANGUAGE_MODEL).block
@@ -246,7 +255,7 @@ def test_lengths_are_mixed_over_an_epoch(problems):
 
 
 def texts(pairs, tokenizer):
-    return [tokenizer.decode(pairs.view(i, 0)) for i in range(len(pairs))]
+    return [tokenizer.decode(pairs.view(i, TEXT)) for i in range(len(pairs))]
 
 
 def test_validation_is_a_fixed_part_of_train_and_test_is_untouched(tmp_path, bpe):
@@ -575,7 +584,7 @@ GOOD = '{"question": "q", "answer": "a"}'
 ROW = {"question": "q", "answer": "a"}
 BAD_LINES = {
     "not JSON": "question: q", "cut short": GOOD[:-3], "no object": '["q", "a"]', "null": "null",
-    "a number": "3", "missing key": '{"question": "q"}', "other keys": '{"text": "q", "code": "a"}',
+    "a number": "3", "missing key": '{"question": "q"}', "other keys": '{"in": "q", "out": "a"}',
     "not text": '{"question": "q", "answer": 5}', "null text": '{"question": null, "answer": "a"}',
     "empty text": '{"question": "", "answer": "a"}', "blank": '{"question": "q", "answer": " "}',
     "two rows": GOOD + GOOD,
@@ -604,7 +613,7 @@ def test_a_file_in_another_encoding_is_named(tmp_path, capsys):
 def test_a_file_without_rows_is_one_line(text, tmp_path, capsys):
     path = tmp_path / "train.jsonl"
     path.write_text(text)
-    assert "holds no question/answer pair" in error_line(capsys, read_jsonl, path, "skip")
+    assert "holds no pair" in error_line(capsys, read_jsonl, path, "skip")
 
 
 def test_a_missing_file_or_a_folder_is_one_line(tmp_path, capsys):
@@ -619,7 +628,7 @@ def test_a_missing_file_or_a_folder_is_one_line(tmp_path, capsys):
 def test_ways_to_write_a_good_file(text, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(text.encode())
-    assert read_jsonl(path, "error") == [ROW]
+    assert [as_pair(row) for row in read_jsonl(path, "error")] == [as_pair(ROW)]
 
 
 def test_only_a_newline_ends_a_line(tmp_path):

@@ -14,7 +14,7 @@ from model import (
     SummedCrossEntropy,
     attend,
     block_causal_mask,
-    last_hidden,
+    read_hidden,
     visible_blocks,
 )
 
@@ -169,7 +169,8 @@ def test_packed_row_equals_separate_passes():
     hidden, ce_sum = gpt(idx, block, targets)
     n_labels = sum(len(a) for _, a in EXAMPLES)
     assert (targets != -1).sum() == n_labels
-    packed = losses(ce_sum, n_labels, last_hidden(hidden, block, P), last_hidden(hidden, block, T))
+    pred, target = (read_hidden(hidden, block, b) for b in (P, T))
+    packed = losses(ce_sum, n_labels, pred, target)
     packed_gradients = gradients(gpt, packed[2])
 
     # One example at a time, so that nothing is padded, and each block as in a row of its own.
@@ -200,7 +201,7 @@ def test_padding_changes_nothing():
 
     def run(idx, block, targets):
         hidden, ce = gpt(idx, block, targets)
-        pred, target = (last_hidden(hidden, block, b) for b in (P, T))
+        pred, target = (read_hidden(hidden, block, b) for b in (P, T))
         return hidden, ce + (1 - F.cosine_similarity(pred, target)).sum()
 
     hidden, loss = run(idx, block, targets)
@@ -215,11 +216,11 @@ def test_padding_changes_nothing():
     assert_close_gradients(together, gradients(gpt, alone_loss))
 
 
-def test_last_hidden_is_the_last_token_of_the_block():
+def test_read_hidden_is_the_last_token_of_the_block():
     block = torch.tensor([[Q, Q, A, P, PAD], [Q, A, A, P, P]])
     hidden = torch.arange(10.0).view(2, 5, 1)
     for which, expected in ((Q, [1, 5]), (A, [2, 7]), (P, [3, 9])):
-        assert last_hidden(hidden, block, which)[:, 0].tolist() == expected
+        assert read_hidden(hidden, block, which)[:, 0].tolist() == expected
 
 
 # --- the language model -----------------------------------------------------------------------
@@ -313,8 +314,8 @@ def test_any_number_of_pred_tokens_trains(k):
     idx, block, targets = make_rows(EXAMPLES, n_pred=k)
     assert (idx >= V).sum() == k * len(EXAMPLES)
     hidden, ce = gpt(idx, block, targets)
-    pred = last_hidden(hidden, block, P if k else Q)
-    (ce + (1 - F.cosine_similarity(pred, last_hidden(hidden, block, T))).sum()).backward()
+    pred = read_hidden(hidden, block, P if k else Q)
+    (ce + (1 - F.cosine_similarity(pred, read_hidden(hidden, block, T))).sum()).backward()
     assert all(p.grad.abs().sum() > 0 for p in gpt.parameters())
 
 
@@ -325,7 +326,7 @@ def test_pred_learns_from_the_jepa_loss_and_never_from_cross_entropy():
     assert gpt.wte.weight.grad.abs().sum() > 0
     assert gpt.pred.weight.grad is None or not gpt.pred.weight.grad.any()
     hidden, _ = gpt(idx, block)
-    pred, target = (last_hidden(hidden, block, b) for b in (P, T))
+    pred, target = (read_hidden(hidden, block, b) for b in (P, T))
     (1 - F.cosine_similarity(pred, target)).mean().backward()
     assert gpt.pred.weight.grad.abs().sum(1).gt(0).all()  # both [PRED], the last sees the first
 

@@ -18,10 +18,10 @@ import data
 import run
 import train
 from config import Config
-from data import CODE, PARENTS, PRED, TARGET, TEXT
 from model import GPT
 from run import checkpoint_state, encode_pairs, load_run, pick_device, save_checkpoint
 from synthetic import word_problems
+from views import CODE, PRED, TARGET, TEXT, layout_of, tokenize
 
 CPU = torch.device("cpu")
 # Dropout is on, so that a model left in training mode would show.
@@ -50,9 +50,14 @@ def bpe():
     return data.train_tokenizer([r["answer"] for r in word_problems("train", 100)], 320)
 
 
+def held_out(n, tokenizer, config):
+    rows = [data.as_pair(row) for row in word_problems("val", n)]
+    return tokenize(rows, tokenizer, config)[0]
+
+
 def tiny_model(tokenizer, config=TINY):
     torch.manual_seed(0)
-    return GPT(config, tokenizer.vocab_size, PARENTS)
+    return GPT(config, tokenizer.vocab_size, layout_of(config).parents)
 
 
 def state_of(tokenizer, config=TINY, **more):
@@ -80,7 +85,7 @@ def test_a_loaded_run_computes_the_same_hidden_states(name, tmp_path, bpe):
     path.parent.mkdir()
     provenance = {"data": {"dataset": "word_problems"}, "command": "--seed=1"}
     save_checkpoint(path, checkpoint_state(TINY, model, tokenizer, step=7, provenance=provenance))
-    pairs, _ = data.tokenize(word_problems("val", 4), tokenizer, TINY)
+    pairs = held_out(4, tokenizer, TINY)
     rows = pairs.pack([0, 1, 2, 3], (TEXT, CODE, PRED, TARGET))
     hidden, ce = model.eval()(*rows)
     loaded = load_run(path, CPU)
@@ -419,7 +424,7 @@ def test_ctrl_c_ends_in_a_line(capsys):
 def test_encoded_pairs_keep_their_order_and_equal_one_pair_at_a_time(n_pred, bpe):
     """Batches are sorted by length; what comes back is not. 20 pairs make two batches."""
     config = Config(n_layer=2, n_head=2, n_embd=32, block_size=300, dropout=0.1, n_pred=n_pred)
-    pairs, _ = data.tokenize(word_problems("val", 25), bpe, config)
+    pairs = held_out(25, bpe, config)
     model = tiny_model(bpe, config).train()
     ce, pred, target = encode_pairs(model, pairs, 20, CPU, torch.no_grad)
     assert model.training  # as it was
@@ -431,7 +436,7 @@ def test_encoded_pairs_keep_their_order_and_equal_one_pair_at_a_time(n_pred, bpe
         # Every view in a row of its own, so that blocks and padding cannot matter.
         rows = pairs.pack([i], (TEXT, PRED))
         hidden, _ = model(rows.idx, rows.block)
-        text, code = pairs.view(i, 0), pairs.view(i, 1)
+        text, code = pairs.view(i, TEXT), pairs.view(i, CODE)
         at_end = hidden[0, len(text) + n_pred - 1]
         torch.testing.assert_close(pred[i], at_end, rtol=1e-4, atol=1e-5)
         rows = pairs.pack([i], (TARGET,))
@@ -446,7 +451,7 @@ def test_encoded_pairs_keep_their_order_and_equal_one_pair_at_a_time(n_pred, bpe
 
 
 def test_asking_for_more_pairs_than_there_are_gives_all(bpe):
-    pairs, _ = data.tokenize(word_problems("val", 5), bpe, TINY)
+    pairs = held_out(5, bpe, TINY)
     _, pred, target = encode_pairs(tiny_model(bpe), pairs, 256, CPU, torch.no_grad)
     assert len(pred) == len(target) == len(pairs)
 

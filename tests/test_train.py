@@ -18,12 +18,13 @@ import data
 import run
 import train
 from config import load_config
-from data import CODE, LANGUAGE_MODEL, PARENTS, PRED, TARGET, TEXT
-from model import GPT, last_hidden
+from model import GPT, read_hidden
 from run import read_checkpoint
+from views import CODE, PRED, TARGET, TEXT
 
 REAL_PLOT = train.plot_losses  # tiny_run replaces it
 CPU = torch.device("cpu")
+LANGUAGE_MODEL = (TEXT, CODE)
 
 
 def checkpoint(folder="out/tiny", name="ckpt.pt"):
@@ -48,14 +49,16 @@ def setup(**options):
     config = load_config(TINY + [f"--{key}={value}" for key, value in options.items()])
     loaded = data.load_data(config)
     torch.manual_seed(config.seed)
-    return config, loaded.pairs["train"], GPT(config, loaded.tokenizer.vocab_size, PARENTS)
+    train_pairs = loaded.pairs["train"]
+    model = GPT(config, loaded.tokenizer.vocab_size, train_pairs.layout.parents)
+    return config, train_pairs, model
 
 
-def step_gradients(model, pairs, with_jepa=True):
+def step_gradients(model, pairs):
     """Gradients and loss terms of step 0, without an update."""
     model.zero_grad()
     no_autocast = run.pick_device("cpu", "float32")[1]
-    total, _ = train.forward_backward(model, pairs, 0, with_jepa, CPU, no_autocast)
+    total, _ = train.forward_backward(model, pairs, 0, CPU, no_autocast)
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, total
 
 
@@ -158,12 +161,12 @@ def test_two_micro_batches_are_one_large_batch(tiny_run, monkeypatch):
         lambda self, step: np.arange(self.config.batch_size) + step * self.config.batch_size,
     )  # fmt: skip
     _, halves, model = setup(batch_size=8, gradient_accumulation_steps=2, jepa_weight=2)
-    halves.lengths[:8, 1] = 2  # cut half of the answers short
+    halves.lengths[:8, 1:] = 2  # cut half of the answers short
     labels = halves.lengths[:16, 1].reshape(2, 8).sum(1)
     assert labels[1] > 2 * labels[0]
     twice, terms_twice = step_gradients(model, halves)
     _, whole, model = setup(batch_size=16, jepa_weight=2)
-    whole.lengths[:8, 1] = 2
+    whole.lengths[:8, 1:] = 2
     once, terms_once = step_gradients(model, whole)
     assert terms_once["jepa"] > 0.1
     assert terms_twice == pytest.approx(terms_once, rel=1e-5)
@@ -182,8 +185,8 @@ def test_step_equals_plain_passes_and_stop_grad_stops_the_target(tiny_run, stop_
         lm, p, t = (pairs.pack(rows, b) for b in (LANGUAGE_MODEL, (TEXT, PRED), (TARGET,)))
         logits = model(lm.idx, lm.block)[0] @ model.wte.weight.T
         ce = F.cross_entropy(logits.flatten(0, 1), lm.targets.flatten(), ignore_index=-1)
-        pred = last_hidden(model(p.idx, p.block)[0], p.block, PRED)
-        target = last_hidden(model(t.idx, t.block)[0], t.block, TARGET)
+        pred = read_hidden(model(p.idx, p.block)[0], p.block, PRED)
+        target = read_hidden(model(t.idx, t.block)[0], t.block, TARGET)
         jepa = (1 - F.cosine_similarity(pred, target.detach() if detach else target)).mean()
         loss = 0.5 * ce + 2 * jepa
         loss.backward()
@@ -205,15 +208,23 @@ def test_the_spread_term_is_weighted_and_spreads(tiny_run):
     assert far_apart(gradients, step_gradients(model, pairs)[0])
 
 
+def skipped_steps(pairs, n):
+    """Which of the first n steps skip the JEPA term, as a whole and in every micro-batch."""
+    rows = np.arange(3)
+    kept = np.array([[pairs.with_jepa(rows, step, micro) for micro in (0, 1)] for step in range(n)])
+    assert (kept == kept[:, :1, :1]).all()
+    return (~kept[:, 0, 0]).tolist()
+
+
 def test_jepa_dropout_skips_the_share_it_says(tiny_run):
-    config, _, _ = setup(jepa_dropout=0.3)
-    skipped = [train.skips_jepa(step, config) for step in range(2000)]
+    _, pairs, _ = setup(jepa_dropout=0.3)
+    skipped = skipped_steps(pairs, 2000)
     assert abs(sum(skipped) / 2000 - 0.3) < 0.04  # four standard deviations
-    assert skipped == [train.skips_jepa(step, config) for step in range(2000)]
-    other, _, _ = setup(jepa_dropout=0.3, seed=2)
-    assert skipped != [train.skips_jepa(step, other) for step in range(2000)]
-    never, _, _ = setup(jepa_dropout=0)
-    assert not any(train.skips_jepa(step, never) for step in range(2000))
+    assert skipped == skipped_steps(pairs, 2000)
+    _, other, _ = setup(jepa_dropout=0.3, seed=2)
+    assert skipped != skipped_steps(other, 2000)
+    _, never, _ = setup(jepa_dropout=0)
+    assert not any(skipped_steps(never, 2000))
 
 
 def test_a_skipped_step_runs_without_pred_and_target(tiny_run, monkeypatch):
@@ -227,8 +238,8 @@ def test_a_skipped_step_runs_without_pred_and_target(tiny_run, monkeypatch):
     monkeypatch.setattr(GPT, "forward", forward)
     options = dict(jepa_dropout=0.5, max_iters=10, eval_interval=10)
     tiny_run(**options)
-    config, _, _ = setup(**options)
-    skipped = [train.skips_jepa(step, config) for step in range(10)]
+    _, pairs, _ = setup(**options)
+    skipped = skipped_steps(pairs, 10)
     assert 0 < sum(skipped) < 10
     assert seen == [{TEXT, CODE} if skip else {TEXT, CODE, PRED, TARGET} for skip in skipped]
     # ... and says so in the log

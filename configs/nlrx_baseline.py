@@ -1,0 +1,20 @@
+# nlrx_jepa without JEPA: jepa_weight alone differs.
+dataset = "regex"
+tokenizer = "bpe"
+bpe_vocab_size = 1024
+n_layer = 4
+n_head = 4
+n_embd = 256
+block_size = 256
+batch_size = 32
+max_iters = 1000
+learning_rate = 2e-3
+min_lr = 2e-4
+eval_interval = 250
+log_interval = 50
+
+jepa_loss = "cosine"
+jepa_weight = 0.0
+spread = "cross"
+spread_weight = 0.6
+jepa_warmup_iters = 100

@@ -1,0 +1,21 @@
+# The reversal curse: facts e1 r e2, some in both directions, some (atomic) in one. Can the model
+# say the inverse of an atomic fact, which it never saw? JEPA predicts a fact's inverse from it.
+dataset = "relations"
+views = "facts"
+tokenizer = "words"
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 16
+batch_size = 64
+max_iters = 1500
+learning_rate = 2e-3
+min_lr = 2e-4
+weight_decay = 0.1
+eval_interval = 250
+log_interval = 50
+
+jepa_loss = "cosine"
+jepa_weight = 0.5
+spread = "cross"
+spread_weight = 1.0

@@ -1,0 +1,338 @@
+"""Views, and how a row of blocks is built from them.
+
+    layout_of(config)  which blocks a row holds, what each continues, where Pred and Enc are read
+    Pairs              one split as tokens: the views of every example
+    pairs.batch(step)  which examples a step trains on, a pure function of (seed, step)
+    pairs.pack(...)    those examples as rows of blocks, ready for the model
+
+Every published variant is a tree of blocks, masked by one rule (model.block_causal_mask); this
+file is where they differ, and the model knows nothing of it.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from config import Config
+from model import PAD
+from tokenizer import Tokenizer
+
+# Blocks by number. TEXT, CODE and TARGET are views of an example; AGAIN is the text once more.
+TEXT, CODE, TARGET, PRED, AGAIN = 1, 2, 3, 4, 5
+
+
+class Layout(NamedTuple):
+    """The tree of a training row."""
+
+    parents: tuple[int | None, ...]  # for each block number, the block it continues
+    row: tuple[int, ...]  # the blocks in order, each after the one it continues
+    plain: tuple[int, ...]  # those of a row without the JEPA term
+    pred: int  # Pred is read at the end of this block
+    enc: int  # Enc is read at the end of this block (or is the mean over it)
+
+    def without_target(self) -> tuple[int, ...]:
+        """The row when Enc is encoded in a pass of its own."""
+        return tuple(b for b in self.row if b != self.enc or b in self.plain)
+
+
+def layout_of(config: Config) -> Layout:
+    """The tree that the config asks for (config.check has refused what makes no sense).
+
+    tree      text; code <- text; [PRED] <- text; target             the paper's
+    isolated  text; [PRED] <- text; code                             nanoJEPA's row
+    plan      text; [PRED] <- text; code <- [PRED]; target           code may use the prediction
+    reverse   text; code <- text; target; [PRED] <- target           predicts the text
+    front     text; code <- text; [PRED]; text again <- [PRED]; target
+    """
+    parents = {CODE: TEXT, PRED: TEXT}
+    row, plain, pred, enc = (TEXT, CODE, PRED, TARGET), (TEXT, CODE), PRED, TARGET
+    if config.layout == "isolated":
+        parents = {PRED: TEXT}
+        row, enc = (TEXT, PRED, CODE), CODE
+    elif config.layout == "plan":
+        parents = {PRED: TEXT, CODE: PRED}
+        row, plain = (TEXT, PRED, CODE, TARGET), (TEXT, PRED, CODE)
+    elif config.direction == "reverse":
+        parents[PRED] = TARGET
+        row, enc = (TEXT, CODE, TARGET, PRED), TEXT
+    elif config.pred_place == "front":
+        parents = {CODE: TEXT, AGAIN: PRED}
+        row, pred = (TEXT, CODE, PRED, AGAIN, TARGET), AGAIN
+    elif config.views == "facts":
+        parents[PRED] = CODE  # Pred(e1 r e2) sees the whole fact
+    if pred == PRED and config.n_pred == 0:
+        pred = parents[PRED]
+    return Layout(tuple(parents.get(b) for b in range(6)), row, plain, pred, enc)
+
+
+class Rows(NamedTuple):
+    """A batch for the model, each (B, T): tokens, the block of each, next tokens (-1: no label)."""
+
+    idx: torch.Tensor
+    block: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> "Rows":
+        if device.type != "cuda":
+            return Rows(*(t.to(device) for t in self))
+        return Rows(*(t.pin_memory().to(device, non_blocking=True) for t in self))
+
+
+@dataclass
+class Pairs:
+    """Tokenized examples of one split: a flat token stream and where each view lies in it.
+
+    tokens (N,) int32 and is_label (N,) bool: is it to be predicted? starts and lengths (n, 3)
+    int64, a column for TEXT, CODE and TARGET each. A TARGET of length 0: no JEPA term. asked (n,):
+    how many of the text's tokens are the question that generation starts from.
+    """
+
+    tokens: np.ndarray
+    is_label: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    asked: np.ndarray
+    config: Config
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.config)
+
+    def view(self, row: int, block: int) -> list[int]:
+        """Tokens of one view of one example: block is TEXT, CODE or TARGET."""
+        start = self.starts[row, block - 1]
+        return self.tokens[start : start + self.lengths[row, block - 1]].tolist()
+
+    def prompt(self, row: int) -> list[int]:
+        """What generation starts from: the question and, in the plan layout, [PRED]."""
+        question = self.view(row, TEXT)[: self.asked[row]]
+        return question + pred_tokens(self.config, self.vocab_size)
+
+    def batch(self, step: int) -> np.ndarray:
+        """(B,) the examples of micro-batch `step`, a pure function of (seed, step).
+
+        Every epoch is a new order without repeats. Within pools of 64 batches the examples are
+        sorted by length before they are cut into batches, so that a batch needs little padding;
+        then the batches are shuffled. What is left over at the end of an epoch waits for the
+        next order.
+        """
+        B = self.config.batch_size
+        epoch, step = divmod(step, len(self) // B)
+        if getattr(self, "_epoch", None) != epoch:  # planning an epoch costs milliseconds
+            rng = np.random.default_rng((self.config.seed, epoch))
+            order = rng.permutation(len(self))[: len(self) // B * B]
+            length = self.lengths[order].sum(1)  # of a full row
+            pool = np.arange(len(order)) // (64 * B)
+            order = order[np.lexsort((length, pool))].reshape(-1, B)
+            self._epoch, self._order = epoch, order[rng.permutation(len(order))]
+        return self._order[step]
+
+    def has_target(self, rows: np.ndarray) -> np.ndarray:
+        """(B,) bool: which examples have two views, and so can carry the JEPA term."""
+        return self.lengths[rows, TARGET - 1] > 0
+
+    def with_jepa(self, rows: np.ndarray, step: int, micro: int) -> np.ndarray:
+        """(B,) bool: which examples of micro-batch `micro` of `step` carry the JEPA term. Those
+        that can, less the share `jepa_dropout`: whole steps, or example by example."""
+        config = self.config
+        per_batch = config.jepa_dropout_per == "batch"
+        seed = (config.seed, step) if per_batch else (config.seed, step, micro)
+        draws = np.random.default_rng(seed).random(1 if per_batch else len(rows))
+        return self.has_target(rows) & (draws >= config.jepa_dropout) & (config.jepa_weight > 0)
+
+    def pack(self, rows: np.ndarray, blocks: tuple[int, ...], jepa=True) -> Rows:
+        """Examples `rows` (B,) as rows that hold `blocks`, in that order, padded on the right.
+
+        jepa (B,) bool, or one for all: an example without it holds the layout's plain blocks only.
+        Labels: a token of the text or code that is to be predicted is the target of the token
+        before it, if its block continues that one's. Copies, [PRED] and padding carry none.
+        """
+        layout, k, B = self.layout, self.config.n_pred, len(rows)
+        jepa = np.broadcast_to(jepa, B)
+        idx_parts = {AGAIN: TEXT - 1, TEXT: TEXT - 1, CODE: CODE - 1, TARGET: TARGET - 1}
+        sizes = {b: self.lengths[rows, column] for b, column in idx_parts.items()}
+        sizes[PRED] = np.full(B, k)
+        sizes = {b: n if b in layout.plain else n * jepa for b, n in sizes.items()}
+        width = int(sum(sizes[b] for b in blocks).max())
+        idx = np.zeros((B, width), np.int64)
+        block = np.full((B, width), PAD)
+        is_label = np.zeros((B, width), bool)
+        columns = np.arange(width)
+        start = np.zeros((B, 1), np.int64)  # column at which the block begins, in each row
+        for b in blocks:
+            within = columns - start  # (B, width) index inside the block
+            inside = (within >= 0) & (within < sizes[b][:, None])
+            block[inside] = b
+            if b == PRED:
+                idx[inside] = self.vocab_size + within[inside]
+            else:
+                begin = self.starts[rows, idx_parts[b]][:, None]
+                at = (begin + within)[inside]
+                idx[inside] = self.tokens[at]
+                is_label[inside] = self.is_label[at] & (b in (TEXT, CODE))
+            start = start + sizes[b][:, None]
+        # Block numbers of parents, with -1 for none: may the label be predicted from its left?
+        parent = np.array([-1 if p is None else p for p in layout.parents])[block]
+        left, right = block[:, :-1], block[:, 1:]
+        labelled = is_label[:, 1:] & ((right == left) | (parent[:, 1:] == left))
+        targets = np.full((B, width), -1)
+        targets[:, :-1][labelled] = idx[:, 1:][labelled]
+        return Rows(*map(torch.from_numpy, (idx, block, targets)))
+
+
+def pred_tokens(config: Config, vocab_size: int) -> list[int]:
+    """What follows a prompt before the code: [PRED] in the plan layout, else nothing."""
+    return [vocab_size + i for i in range(config.n_pred)] if config.layout == "plan" else []
+
+
+# --- examples as views ------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """One example in tokens. The first `asked` of the text are the question, what follows is answer
+    and has labels, as the code has. target None is the code again, an empty one means no JEPA."""
+
+    text: list[int]
+    asked: int
+    code: list[int]
+    target: list[int] | None = None
+
+
+def tokenize(rows: list[dict[str, str]], tokenizer: Tokenizer, config: Config) -> tuple[Pairs, int]:
+    """Pairs of the rows, and how many were left out because a path is longer than block_size.
+    They are left out whole: a view that lost its end would lose where its embedding is read."""
+    families = {"pairs": pair_views, "steps": step_views, "split": split_views, "facts": fact_views}
+    examples = families[config.views](rows, tokenizer, config)
+    tokens, is_label, starts, lengths, asked = [], [], [], [], []
+    for text, question, code, target in examples:
+        begin = len(tokens)
+        tokens += text + code
+        unlabelled = 0 if config.labels == "all" else question
+        is_label += [i >= unlabelled for i in range(len(text))] + [True] * len(code)
+        if target is None:
+            target, target_begin = code, begin + len(text)
+        else:
+            target_begin = len(tokens)
+            tokens += target
+            is_label += [False] * len(target)
+        starts.append((begin, begin + len(text), target_begin))
+        lengths.append((len(text), len(code), len(target)))
+        asked.append(question)
+    starts, lengths = np.array(starts).reshape(-1, 3), np.array(lengths).reshape(-1, 3)
+    fits = longest_path(lengths, config) <= config.block_size
+    pairs = Pairs(np.array(tokens, np.int32), np.array(is_label, bool), starts[fits], lengths[fits],
+                  np.array(asked)[fits], config, tokenizer.vocab_size)  # fmt: skip
+    return pairs, int((~fits).sum())
+
+
+def longest_path(lengths: np.ndarray, config: Config) -> np.ndarray:
+    """(n,) the largest number of tokens that a token of the example sees, itself included."""
+    layout = layout_of(config)
+    k = np.full(len(lengths), config.n_pred)
+    sizes = {TEXT: lengths[:, 0], CODE: lengths[:, 1], TARGET: lengths[:, 2], PRED: k,
+             AGAIN: lengths[:, 0]}  # fmt: skip
+
+    def path(b):
+        return 0 if b is None else sizes[b] + path(layout.parents[b])
+
+    return np.max([path(b) for b in layout.row], axis=0)
+
+
+def pair_views(rows, tokenizer: Tokenizer, config: Config) -> list[Example]:
+    """Text and code of each row, each with its end mark. A system prompt that is kept stands
+    before both views, but the language model reads it once."""
+    systems = system_tokens(rows, tokenizer, config)
+    texts = tokenizer.encode([row["text"] for row in rows])
+    codes = tokenizer.encode([code_view(row["code"], config.answer_view) for row in rows])
+    return [
+        Example([*s, *t, tokenizer.sep], len(s) + len(t) + 1, [*c, tokenizer.eot],
+                [*s, *c, tokenizer.eot] if s else None)
+        for s, t, c in zip(systems, texts, codes)
+    ]  # fmt: skip
+
+
+def system_tokens(rows, tokenizer: Tokenizer, config: Config) -> list[list[int]]:
+    """What stands before both views of each row; empty without a system prompt, or one to drop.
+    The isolated layout reads Enc at the code itself, before which there is no place for it."""
+    keep = config.system_prompt == "keep" and config.layout != "isolated"
+    system = [f"{row['system']}\n" if keep and row.get("system") else "" for row in rows]
+    return tokenizer.encode(system)
+
+
+def code_view(code: str, answer_view: str) -> str:
+    """The worked answer as it is, or only the number after its last ####."""
+    return code if answer_view == "full" else code.rpartition("####")[2].strip()
+
+
+def step_views(rows, tokenizer: Tokenizer, config: Config) -> list[Example]:
+    """Step-JEPA: text = question and the steps up to one, target = the next step alone, code = the
+    rest of the answer. Labels are the whole answer: an ordinary causal language model."""
+    pieces, has_pair = [], []
+    for number, row in enumerate(rows):
+        steps = split_steps(row["code"])
+        pairs = len(steps) - 1
+        has_pair.append(pairs > 0)
+        chosen = 0
+        if config.step_pair == "random" and pairs > 0:
+            chosen = int(np.random.default_rng((config.seed, number)).integers(pairs))
+        known, following = steps[: chosen + 1], steps[chosen + 1 : chosen + 2]
+        rest = row["code"][len("".join(known)) :]
+        pieces += [row["text"], "".join(known), rest, "".join(following).rstrip("\n")]
+    ids = tokenizer.encode(pieces)
+    systems = system_tokens(rows, tokenizer, config)
+    examples = []
+    for system, question, known, rest, following, pair in zip(
+        systems, *(ids[i::4] for i in range(4)), has_pair
+    ):
+        asked = [*system, *question, tokenizer.sep]
+        target = [*system, *following, tokenizer.eot] if pair else []
+        examples.append(Example([*asked, *known], len(asked), [*rest, tokenizer.eot], target))
+    return examples
+
+
+def split_steps(code: str) -> list[str]:
+    """The steps of a worked answer, each with its line ends: `Step 1:` or `1.` at the start of at
+    least two lines, else paragraphs, else lines. GSM8K's last line, ####, is no step."""
+    code = code.rpartition("\n####")[0] + "\n" if "\n####" in code else code
+    numbered = re.compile(r"^(?=[ \t]*(?:[Ss]tep[ \t]+\d+\b|\d+[.)][ \t]))", re.MULTILINE)
+    if len(numbered.findall(code)) < 2:
+        blank_line, line_end = r"(?<=\n\n)(?!\n)", r"(?<=\n)"
+        numbered = re.compile(blank_line if "\n\n" in code.strip() else line_end)
+    steps = [""]  # blank pieces go to a neighbour, so that the steps joined are the answer
+    for piece in numbered.split(code):
+        if piece.strip() and steps[-1].strip():
+            steps.append(piece)
+        else:
+            steps[-1] += piece
+    return steps if steps[-1].strip() else []
+
+
+def split_views(rows, tokenizer: Tokenizer, config: Config) -> list[Example]:
+    """Running text in blocks of block_size tokens, cut in two: the second half continues the first
+    for the language model and is the target on its own. No end marks; labels="all" is usual.
+    Pairs are run together, with a blank line after each."""
+    texts = [f"{row['text']}\n{row['code']}\n\n" if row["code"] else row["text"] for row in rows]
+    ids = [token for part in tokenizer.encode(texts) for token in part]
+    examples = []
+    for begin in range(0, len(ids) - 1, config.block_size):
+        block = ids[begin : begin + config.block_size]
+        rng = np.random.default_rng((config.seed, begin))
+        share = config.jepa_split or rng.random()
+        cut = min(max(1, round(share * len(block))), len(block) - 1)
+        examples.append(Example(block[:cut], cut, block[cut:]))
+    return [e for e in examples if e.code]
+
+
+def fact_views(rows, tokenizer: Tokenizer, config: Config) -> list[Example]:
+    """Facts e1 r e2: labels on e2 alone, and the inverse fact is the target where there is one."""
+    texts, codes, targets = (
+        tokenizer.encode([row[key] for row in rows]) for key in ("text", "code", "target")
+    )
+    return [Example(t, len(t), c, target) for t, c, target in zip(texts, codes, targets)]
