@@ -108,12 +108,15 @@ def effective_rank(x: torch.Tensor) -> float:
 
 
 def verdict(measures: dict[str, float]) -> str:
-    """`alignment` in words. Wrong pairs that score more than 0.9 of what right ones do are not
-    told apart; "collapsed" if that score is high (all embeddings point one way), else merely
-    "not aligned", as an untrained model is."""
-    if measures["mismatched"] <= 0.9 * measures["matched"]:
-        return "told apart"
-    return "collapsed" if measures["matched"] > 0.5 else "not aligned"
+    """`alignment` in words: "not aligned" where right pairs have a cosine of at most 0.5, as in an
+    untrained model; else "collapsed" where wrong pairs score more than 0.9 of that (all embeddings
+    point one way), "aligned" where they score at most half of it, "partly aligned" between."""
+    matched, mismatched = measures["matched"], measures["mismatched"]
+    if matched <= 0.5:
+        return "not aligned"
+    if mismatched > 0.9 * matched:
+        return "collapsed"
+    return "aligned" if mismatched <= 0.5 * matched else "partly aligned"
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

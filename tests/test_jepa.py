@@ -182,11 +182,11 @@ def test_alignment_of_identical_orthogonal_pairs_is_perfect():
         "matched": 1, "mismatched": 0, "retrieval_at_1": 1, "mean_rank": 1,
         "effective_rank_pred": 6, "effective_rank_target": 6,
     }, abs=1e-5)  # fmt: skip
-    assert verdict(measures) == "told apart"
+    assert verdict(measures) == "aligned"
 
 
-# FAILS at N = 5, C = 100 (reported): equal rows give cosines that differ in the last
-# bit, depending on where they stand in the matrix product, so a tie is not always seen as one.
+# N = 5, C = 100: equal rows give cosines that differ in the last bit, depending on where they
+# stand in the matrix product; a tie has to be seen as one all the same.
 @pytest.mark.parametrize("N, C", [(4, 8), (64, 32), (5, 512), (5, 100)])
 def test_alignment_of_embeddings_collapsed_to_a_point_shows_collapse(N, C):
     point = torch.randn(1, C).repeat(N, 1)
@@ -226,11 +226,11 @@ def test_effective_rank_lies_between_one_and_the_dimension():
 
 
 @pytest.mark.parametrize("matched, mismatched, expected", [
-    (1.0, 0.91, "collapsed"), (1.0, 0.89, "told apart"), (0.9, 0.0, "told apart"),
-    (0.51, 0.47, "collapsed"), (0.51, 0.45, "told apart"),
-    (0.49, 0.47, "not aligned"), (0.1, 0.3, "not aligned"), (0.49, 0.4, "told apart"),
+    (1.0, 0.91, "collapsed"), (1.0, 0.89, "partly aligned"), (0.9, 0.0, "aligned"),
+    (0.51, 0.47, "collapsed"), (0.6, 0.31, "partly aligned"), (0.6, 0.29, "aligned"),
+    (0.49, 0.47, "not aligned"), (0.1, 0.3, "not aligned"), (0.03, -0.12, "not aligned"),
 ])  # fmt: skip
-def test_verdict_compares_mismatched_with_nine_tenths_of_matched(matched, mismatched, expected):
+def test_verdict_compares_mismatched_with_matched(matched, mismatched, expected):
     assert verdict({"matched": matched, "mismatched": mismatched}) == expected
 
 

@@ -297,8 +297,6 @@ def test_parameters_have_gpt2_names():
     assert set(make_gpt(bias=True).state_dict()) == expected
 
 
-# FAILS (reported): nn.Embedding(n_pred, ...) in GPT.__init__ draws random numbers, before those
-# that init_weights draws, so all weights depend on n_pred.
 def test_no_weight_but_pred_depends_on_n_pred():
     plain = make_gpt(n_pred=0).state_dict()
     for k in (1, 3):

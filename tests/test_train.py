@@ -107,8 +107,6 @@ def test_zero_weight_ignores_every_other_jepa_setting(tiny_run):
         assert same(checkpoint()["model"], plain)
 
 
-# FAILS (reported): nn.Embedding(n_pred, ...) draws random numbers when it is made, so every weight
-# drawn after it depends on n_pred. The same claim about the model alone: test_model.py.
 def test_zero_weight_does_not_depend_on_n_pred(tiny_run):
     """Without clipping: the sum behind the gradient's norm is grouped by the number of tensors."""
     weights = []
