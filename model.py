@@ -142,26 +142,23 @@ class SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def slices(*tensors):
-        return zip(*(t.split(64) for t in tensors))
-
-    @staticmethod
     def forward(ctx, logits, targets):  # (N, V), (N,) -> scalar
+        own = logits.gather(1, targets[:, None]).float()
         largest = logits.amax(1, keepdim=True).float()
         lse = torch.empty_like(largest)  # log of the summed exponentials, (N, 1)
-        for rows, top, out in SummedCrossEntropy.slices(logits, largest, lse):
+        for rows, top, at, out in zip(*(t.split(64) for t in (logits, largest, targets, lse))):
             exp = rows.to(torch.float32, copy=True).sub_(top).exp_()
-            out.copy_(exp.sum(1, keepdim=True).log_().add_(top))
-        ctx.save_for_backward(logits, lse, targets)
-        return (lse - logits.gather(1, targets[:, None]).float()).sum()
+            total = exp.sum(1, keepdim=True)
+            out.copy_(total.log().add_(top))
+            if ctx.needs_input_grad[0]:  # the gradient, softmax less one-hot, while exp is at hand
+                minus_one = torch.full_like(total, -1.0)
+                rows.copy_(exp.div_(total).scatter_add_(1, at[:, None], minus_one))
+        ctx.save_for_backward(logits)
+        return (lse - own).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        logits, lse, targets = ctx.saved_tensors
-        for rows, out, at in SummedCrossEntropy.slices(logits, lse, targets[:, None]):
-            softmax = rows.to(torch.float32, copy=True).sub_(out).exp_()
-            rows.copy_(softmax.scatter_add_(1, at, -torch.ones_like(out)).mul_(grad))
-        return logits, None
+        return ctx.saved_tensors[0].mul_(grad), None
 
 
 class KVCache:

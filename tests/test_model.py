@@ -343,7 +343,7 @@ def test_summed_cross_entropy_is_torchs_in_value_and_gradient(dtype):
     (0.37 * value).backward()
     (0.37 * reference).backward()
     assert got.grad.dtype == dtype
-    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7  # rounded, scaled and rounded again
     torch.testing.assert_close(got.grad.float(), want.grad, rtol=rtol, atol=1e-6)
 
 
