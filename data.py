@@ -85,13 +85,8 @@ def relation_rows(config: Config) -> dict[str, list[dict[str, str]]]:
     """Facts as words. Trained on: train facts in both directions, each with its inverse to predict,
     and atomic facts in one, with none. Held out: the atomic facts' inverses, half each for val and
     test; there the fact to predict from is the inverse, and the target the trained fact."""
-    sizes = [config.n_relations, config.n_train_entities, config.n_atomic_entities,
-             config.n_train_facts, config.n_atomic_facts]  # fmt: skip
-    try:
-        facts = relation_facts(*sizes, seed=0)
-    except ValueError as error:
-        fail(str(error))
-    words = fact_words(config)
+    ids, facts = facts_of(config)
+    words = ids.words()
 
     def join(ids):
         return "".join(words[i] for i in ids)
@@ -108,9 +103,15 @@ def relation_rows(config: Config) -> dict[str, list[dict[str, str]]]:
             "val": held_out[::2], "test": held_out[1::2]}  # fmt: skip
 
 
-def fact_words(config: Config) -> list[str]:
-    """The vocabulary of dataset=relations."""
-    return Facts(config.n_relations, config.n_train_entities + config.n_atomic_entities).words()
+def facts_of(config: Config) -> tuple[Facts, dict[str, dict[str, np.ndarray]]]:
+    """The token ids and the facts of dataset=relations, the same for every seed."""
+    sizes = [config.n_relations, config.n_train_entities, config.n_atomic_entities,
+             config.n_train_facts, config.n_atomic_facts]  # fmt: skip
+    try:
+        facts = relation_facts(*sizes, seed=0)
+    except ValueError as error:
+        fail(str(error))
+    return Facts(config.n_relations, config.n_train_entities + config.n_atomic_entities), facts
 
 
 def read_text(path: Path) -> dict[str, list[dict[str, str]]]:
@@ -241,7 +242,7 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
     if config.views != "facts" and not config.dataset.endswith(".txt"):
         rows = {split: [as_pair(row) for row in some] for split, some in rows.items()}
     if tokenizer is None and config.tokenizer == "words":
-        tokenizer = word_tokenizer(fact_words(config))
+        tokenizer = word_tokenizer(facts_of(config)[0].words())
     elif tokenizer is None and config.tokenizer == "bpe":
         train_texts = [row.get(key, "") for row in rows["train"] for key in ("text", "code")]
         tokenizer = train_tokenizer(train_texts, config.bpe_vocab_size)

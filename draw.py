@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     letters = [BLOCKS[b][0] for b in block]
     print(" " * (width + 5) + " ".join(letters) + "   pos  label")
     for i, word in enumerate(words):
-        cells = " ".join("1" if seen else "." for seen in mask[i, :n])
+        cells = " ".join("1" if seen else "." for seen in mask[i])
         note = f"{labels[i]:<8}{reads[i]}"
         print(f"{word:>{width}}  {letters[i]}  {cells}   {positions[i]:3}  {note}".rstrip())
     path = Path("out/mask.png")

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from config import fail, parse_args
-from relations import Facts, relation_facts, reversal_metrics
+from data import facts_of
+from relations import Facts, reversal_metrics
 from run import exit_quietly, load_run, pick_device, runs_newest_first, versions
 
 
@@ -37,9 +38,7 @@ def main(argv: list[str]) -> None:
     config = run.config
     if config.dataset != "relations":
         fail(f"{run.path} was trained on {config.dataset}; this asks for dataset=relations")
-    facts = Facts(config.n_relations, config.n_train_entities + config.n_atomic_entities)
-    splits = relation_facts(config.n_relations, config.n_train_entities, config.n_atomic_entities,
-                            config.n_train_facts, config.n_atomic_facts, seed=0)  # fmt: skip
+    facts, splits = facts_of(config)
 
     results = {}
     print(f"\n{'facts':<10}{'n':>6}{'first':>8}{'second':>8}{'joint':>8}{'MRR':>8}{'NLL':>8}")

@@ -156,8 +156,8 @@ class Pairs:
         """
         layout, k, B = self.layout, self.config.n_pred, len(rows)
         jepa = np.broadcast_to(jepa, B)
-        idx_parts = {AGAIN: TEXT - 1, TEXT: TEXT - 1, CODE: CODE - 1, TARGET: TARGET - 1}
-        sizes = {b: self.lengths[rows, column] for b, column in idx_parts.items()}
+        column_of = {AGAIN: TEXT - 1, TEXT: TEXT - 1, CODE: CODE - 1, TARGET: TARGET - 1}
+        sizes = {b: self.lengths[rows, column] for b, column in column_of.items()}
         sizes[PRED] = np.full(B, k)
         sizes = {b: n if b in layout.plain else n * jepa for b, n in sizes.items()}
         width = int(sum(sizes[b] for b in blocks).max())
@@ -173,7 +173,7 @@ class Pairs:
             if b == PRED:
                 idx[inside] = self.vocab_size + within[inside]
             else:
-                begin = self.starts[rows, idx_parts[b]][:, None]
+                begin = self.starts[rows, column_of[b]][:, None]
                 at = (begin + within)[inside]
                 idx[inside] = self.tokens[at]
                 is_label[inside] = self.is_label[at] & (b in (TEXT, CODE))

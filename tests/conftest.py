@@ -29,6 +29,17 @@ def own_seed_and_signal_handlers():
         signal.signal(number, handler)
 
 
+def error_line(capsys, function, *args, **kwargs):
+    """The one line that the call writes to stderr before it exits with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        function(*args, **kwargs)
+    assert exit_.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
 def sums(n, start=0):
     """n rows in GSM8K's form, a few tokens each, with answers of unequal length."""
     rows = []

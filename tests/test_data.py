@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import error_line
 
 import data
 from config import Config
@@ -58,17 +59,6 @@ def problems(bpe):
 
 def tokenized(rows, tokenizer, config):
     return tokenize([as_pair(row) for row in rows], tokenizer, config)
-
-
-def error_line(capsys, function, *args, **kwargs):
-    """The one line that the call writes to stderr before it exits with code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        function(*args, **kwargs)
-    assert exit_.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def write_jsonl(path, rows):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import error_line
 
 import data
 import run
@@ -26,17 +27,6 @@ from views import CODE, PRED, TARGET, TEXT, layout_of, tokenize
 CPU = torch.device("cpu")
 # Dropout is on, so that a model left in training mode would show.
 TINY = Config(n_layer=2, n_head=2, n_embd=32, block_size=400, dropout=0.1, bias=True, n_pred=2)
-
-
-def error_line(capsys, function, *args, **kwargs):
-    """The one line that the call writes to stderr before it exits with code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        function(*args, **kwargs)
-    assert exit_.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def bytes_of(path):
