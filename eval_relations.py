@@ -71,7 +71,7 @@ def ask(model, facts: Facts, rows: np.ndarray, device, autocast) -> tuple[np.nda
     firsts = torch.arange(V - 2 * facts.side, V - facts.side, device=device)
     both = torch.cat([question.repeat_interleave(facts.side, 0), firsts.repeat(n)[:, None]], 1)
     with autocast():
-        hidden, _ = model(both, torch.ones_like(both))  # one block: an ordinary causal row
+        hidden = model.hidden(both, torch.ones_like(both))  # one block: an ordinary causal row
         logits = model.lm_head(hidden[:, 2:])[..., :V].float()  # (n * side, 2, V)
     log_probs = logits.log_softmax(-1).view(n, facts.side, 2, V).cpu().numpy()
     return log_probs[:, 0, 0], log_probs[:, :, 1]

@@ -98,13 +98,14 @@ class Attention(nn.Module):
         # Dropout sits here and not on the attention weights: fused kernels would not take those.
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask, cache=None):
+    def forward(self, x, mask, cache=None, keep=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:  # decoding: add these T tokens to the ones before, see them all
             k, v = cache.append(k, v)
         y = attend(q, k, v, mask[:, None])  # (B, nh, T, hs)
-        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.dropout(self.c_proj(y if keep is None else y[keep]))
 
 
 class MLP(nn.Module):
@@ -128,8 +129,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x, mask, cache=None, keep=None):
+        """(B, T, C) -> (B, T, C); with keep (B, T) bool, only the N positions kept: (N, C)."""
+        y = self.attn(self.ln_1(x), mask, cache, keep)
+        x = (x if keep is None else x[keep]) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -186,6 +189,7 @@ class GPT(nn.Module):
     def __init__(self, config: Config, vocab_size: int, parents: Sequence[int | None]):
         super().__init__()
         self.block_size, self.vocab_size = config.block_size, vocab_size
+        self.read_everywhere = config.pooling == "mean"
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         # [PRED] number i is written as token V + i. It lives outside the vocabulary, so it can
@@ -223,22 +227,32 @@ class GPT(nn.Module):
             block: (B, T) the block of each token.
             targets: (B, T) next tokens, -1 where there is no label; None skips the output layer.
         Returns:
-            hidden (B, T, C) after the final norm; the sum (not the mean: the caller knows how
-            many labels its whole step has) of the cross-entropy in nats, or None.
+            hidden (B, T, C) after the final norm, where someone reads it: at labels and at the
+            last token of each block (everywhere if pooling is "mean"), 0 elsewhere; the sum (not
+            the mean: the caller knows how many labels its whole step has) of the cross-entropy in
+            nats, or None.
         """
         attn_mask, position_ids = block_causal_mask(block, self.sees)
-        hidden = self.encode(idx, position_ids, attn_mask)
+        # Most of the last layer and the output layer, the widest of all, run on these alone.
+        labelled = torch.zeros_like(block, dtype=torch.bool) if targets is None else targets != -1
+        keep = labelled | (block != F.pad(block, (0, 1), value=-1)[:, 1:]) | self.read_everywhere
+        kept = self.encode(idx, position_ids, attn_mask, keep=keep)  # (N, C)
+        hidden = kept.new_zeros(*idx.shape, kept.size(-1))
+        hidden[keep] = kept
         if targets is None:
             return hidden, None
-        # The output layer is the widest of all: run it on labelled positions only.
-        labelled = targets != -1
-        logits = self.lm_head(hidden[labelled])  # (labels, V)
+        logits = self.lm_head(kept[labelled[keep]])  # (labels, V)
         if logits.device.type != "cpu":
             return hidden, F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
         return hidden, SummedCrossEntropy.apply(logits, targets[labelled])
 
-    def encode(self, idx, position_ids, attn_mask, caches=None):
-        """Token embeddings through all layers: (B, T) -> hidden (B, T, C)."""
+    def hidden(self, idx, block):
+        """Hidden states after the final norm at every position: (B, T), (B, T) -> (B, T, C)."""
+        attn_mask, position_ids = block_causal_mask(block, self.sees)
+        return self.encode(idx, position_ids, attn_mask)
+
+    def encode(self, idx, position_ids, attn_mask, caches=None, keep=None):
+        """Token embeddings through all layers: (B, T) -> hidden (B, T, C), or (N, C) with keep."""
         x = self.wte(idx.clamp(max=self.vocab_size - 1))
         if self.pred is not None:
             is_pred = idx >= self.vocab_size
@@ -246,7 +260,8 @@ class GPT(nn.Module):
             x = torch.where(is_pred[..., None], pred, x)
         x = self.drop(x + self.wpe(position_ids))
         for i, layer in enumerate(self.h):
-            x = layer(x, attn_mask, caches[i] if caches else None)
+            last = i == len(self.h) - 1
+            x = layer(x, attn_mask, caches[i] if caches else None, keep if last else None)
         return self.ln_f(x)
 
     @torch.no_grad()

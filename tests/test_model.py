@@ -102,27 +102,27 @@ def test_a_block_sees_its_grandparent():
 def test_model_uses_the_mask_and_the_positions(monkeypatch):
     gpt = make_gpt()
     idx, block, _ = make_rows(EXAMPLES[:1])
-    hidden = gpt(idx, block)[0]
+    hidden = gpt.hidden(idx, block)
     mask, positions = block_causal_mask(block, gpt.sees)
     causal = torch.ones_like(mask).tril()
     count = torch.arange(idx.size(1)).expand_as(positions)
     ordinary = (block == Q) | (block == A)  # an ordinary causal row up to here
     for replaced in ((causal, positions), (mask, count)):
         monkeypatch.setattr(model_module, "block_causal_mask", lambda *_, r=replaced: r)
-        changed = ~torch.isclose(gpt(idx, block)[0], hidden, atol=1e-6).all(-1)
+        changed = ~torch.isclose(gpt.hidden(idx, block), hidden, atol=1e-6).all(-1)
         assert torch.equal(changed, ~ordinary)
 
 
 def hidden_changes(gpt, idx, block, row, column):
     """(B, T): which hidden states change in any bit when the token at (row, column) does."""
-    before = gpt(idx, block)[0]
+    before = gpt.hidden(idx, block)
     if block[row, column] == P:  # its embedding is the token
         with torch.no_grad():
             gpt.pred.weight[idx[row, column] - V] += 0.1
     else:
         idx = idx.clone()
         idx[row, column] = (idx[row, column] + 1) % V
-    return (gpt(idx, block)[0] != before).any(-1)
+    return (gpt.hidden(idx, block) != before).any(-1)
 
 
 @pytest.mark.parametrize("looks", [Q, A, P, T], ids=lambda b: f"seen_from_{'_qaPt'[b]}")
@@ -166,10 +166,16 @@ def assert_close_gradients(got, want):
 def test_packed_row_equals_separate_passes():
     gpt = make_gpt(scale=4)
     idx, block, targets = make_rows(EXAMPLES)
-    hidden, ce_sum = gpt(idx, block, targets)
+    read, ce_sum = gpt(idx, block, targets)
+    hidden = gpt.hidden(idx, block)
+    # forward spares the last layer where nothing is read: all but labels and ends of blocks
+    ends = torch.stack([F.pad(b, (0, 1), value=-1).diff() != 0 for b in block])
+    kept = (targets != -1) | ends
+    assert not kept.all()
+    torch.testing.assert_close(read, hidden * kept[..., None], rtol=1e-9, atol=1e-9)
     n_labels = sum(len(a) for _, a in EXAMPLES)
     assert (targets != -1).sum() == n_labels
-    pred, target = (read_hidden(hidden, block, b) for b in (P, T))
+    pred, target = (read_hidden(read, block, b) for b in (P, T))
     packed = losses(ce_sum, n_labels, pred, target)
     packed_gradients = gradients(gpt, packed[2])
 
@@ -179,15 +185,15 @@ def test_packed_row_equals_separate_passes():
         of = {b: hidden[row, block[row] == b] for b in (Q, A, P, T)}
         for blocks, labelled in (((Q, A), True), ((Q, P), False), ((T,), False)):
             own_idx, own_block, own_targets = make_rows([(q, a)], blocks)
-            own, _ = gpt(own_idx, own_block)
+            own = gpt.hidden(own_idx, own_block)
             expected = torch.cat([of[b] for b in blocks])
             torch.testing.assert_close(own[0], expected, rtol=1e-9, atol=1e-9)
             if labelled:
                 logits = own[0] @ gpt.wte.weight.T
                 ce = ce + F.cross_entropy(
                     logits, own_targets[0], ignore_index=-1, reduction="sum")
-        preds.append(gpt(*make_rows([(q, a)], (Q, P))[:2])[0][0, -1])
-        encs.append(gpt(*make_rows([(q, a)], (T,))[:2])[0][0, -1])
+        preds.append(gpt.hidden(*make_rows([(q, a)], (Q, P))[:2])[0, -1])
+        encs.append(gpt.hidden(*make_rows([(q, a)], (T,))[:2])[0, -1])
     separate = losses(ce, n_labels, torch.stack(preds), torch.stack(encs))
     for got, want in zip(packed, separate):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
@@ -257,7 +263,7 @@ def test_question_and_answer_rows_are_an_ordinary_gpt():
                 p.add_(0.3 * torch.randn_like(p))
     idx = torch.randint(V, (3, 20))
     block = torch.tensor([[Q] * 8 + [A] * 12, [Q] + [A] * 19, [Q] * 20])
-    torch.testing.assert_close(gpt(idx, block)[0], plain_gpt(gpt, idx), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gpt.hidden(idx, block), plain_gpt(gpt, idx), rtol=1e-9, atol=1e-9)
 
 
 def test_attend_equals_scaled_dot_product_attention():
@@ -323,7 +329,7 @@ def test_pred_learns_from_the_jepa_loss_and_never_from_cross_entropy():
     gpt(idx, block, targets)[1].backward()
     assert gpt.wte.weight.grad.abs().sum() > 0
     assert gpt.pred.weight.grad is None or not gpt.pred.weight.grad.any()
-    hidden, _ = gpt(idx, block)
+    hidden = gpt.hidden(idx, block)
     pred, target = (read_hidden(hidden, block, b) for b in (P, T))
     (1 - F.cosine_similarity(pred, target)).mean().backward()
     assert gpt.pred.weight.grad.abs().sum(1).gt(0).all()  # both [PRED], the last sees the first

@@ -425,15 +425,15 @@ def test_encoded_pairs_keep_their_order_and_equal_one_pair_at_a_time(n_pred, bpe
     for i in range(20):
         # Every view in a row of its own, so that blocks and padding cannot matter.
         rows = pairs.pack([i], (TEXT, PRED))
-        hidden, _ = model(rows.idx, rows.block)
+        hidden = model.hidden(rows.idx, rows.block)
         text, code = pairs.view(i, TEXT), pairs.view(i, CODE)
         at_end = hidden[0, len(text) + n_pred - 1]
         torch.testing.assert_close(pred[i], at_end, rtol=1e-4, atol=1e-5)
         rows = pairs.pack([i], (TARGET,))
-        hidden, _ = model(rows.idx, rows.block)
+        hidden = model.hidden(rows.idx, rows.block)
         torch.testing.assert_close(target[i], hidden[0, len(code) - 1], rtol=1e-4, atol=1e-5)
         idx = torch.tensor([text + code])
-        hidden, _ = model(idx, torch.full_like(idx, TEXT))  # one block: plain causal attention
+        hidden = model.hidden(idx, torch.full_like(idx, TEXT))  # one block: plain causal attention
         logits = model.lm_head(hidden[0, len(text) - 1 : -1])
         ce_sum += F.cross_entropy(logits, torch.tensor(code), reduction="sum").item()
         n_labels += len(code)

@@ -181,10 +181,10 @@ def test_step_equals_plain_passes_and_stop_grad_stops_the_target(tiny_run, stop_
     def reference(detach):
         model.zero_grad()
         lm, p, t = (pairs.pack(rows, b) for b in (LANGUAGE_MODEL, (TEXT, PRED), (TARGET,)))
-        logits = model(lm.idx, lm.block)[0] @ model.wte.weight.T
+        logits = model.hidden(lm.idx, lm.block) @ model.wte.weight.T
         ce = F.cross_entropy(logits.flatten(0, 1), lm.targets.flatten(), ignore_index=-1)
-        pred = read_hidden(model(p.idx, p.block)[0], p.block, PRED)
-        target = read_hidden(model(t.idx, t.block)[0], t.block, TARGET)
+        pred = read_hidden(model.hidden(p.idx, p.block), p.block, PRED)
+        target = read_hidden(model.hidden(t.idx, t.block), t.block, TARGET)
         jepa = (1 - F.cosine_similarity(pred, target.detach() if detach else target)).mean()
         loss = 0.5 * ce + 2 * jepa
         loss.backward()

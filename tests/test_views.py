@@ -162,7 +162,7 @@ def test_a_token_changes_exactly_what_the_table_says(name, k):
     pairs = hand_made(EXAMPLES[:2], n_pred=k, **LAYOUTS[name])
     idx, block, _ = pairs.pack(np.array([0, 1]), pairs.layout.row)
     gpt = gpt_for(pairs)
-    before = gpt(idx, block)[0]
+    before = gpt.hidden(idx, block)
     for letter, seen_by in SEEN_BY[name].items():
         columns = (block[0] == LETTERS[letter]).nonzero()[:, 0].tolist()
         assert columns or (letter, k) == ("P", 0)
@@ -174,7 +174,7 @@ def test_a_token_changes_exactly_what_the_table_says(name, k):
                 changed = idx
                 with torch.no_grad():
                     gpt.pred.weight[idx[0, column] - V] += 0.1
-            changes = (gpt(changed, block)[0] != before).any(-1)
+            changes = (gpt.hidden(changed, block) != before).any(-1)
             gpt.load_state_dict(weights)
             expected = torch.isin(block[0], torch.tensor([LETTERS[b] for b in seen_by]))
             expected &= (block[0] != LETTERS[letter]) | (torch.arange(idx.size(1)) >= column)
@@ -197,7 +197,7 @@ PASSES = {
 def causal(gpt, tokens):
     """Hidden states (T, C) of a plain causal row: one block."""
     idx = torch.tensor([tokens])
-    return gpt(idx, torch.ones_like(idx))[0][0]
+    return gpt.hidden(idx, torch.ones_like(idx))[0]
 
 
 def separate_passes(gpt, name, k, keep=None, detach=False, mean=False):
@@ -222,7 +222,7 @@ def test_the_packed_row_equals_separate_passes_in_hidden_states(name, k):
     pairs = hand_made(EXAMPLES, n_pred=k, **LAYOUTS[name])
     gpt, layout = gpt_for(pairs), pairs.layout
     rows = pairs.pack(np.arange(3), layout.row)
-    hidden = gpt(*rows)[0]
+    hidden = gpt.hidden(rows.idx, rows.block)
     for which in (layout.pred, layout.enc):
         read = read_hidden(hidden, rows.block, which)
         for i, (q, a) in enumerate(EXAMPLES):
@@ -777,7 +777,7 @@ def test_split_row_equals_three_passes_of_the_notebook(bpe, tmp_path):
 
     def alone(tokens):
         idx = torch.tensor([tokens])
-        return gpt(idx, torch.ones_like(idx))[0]
+        return gpt.hidden(idx, torch.ones_like(idx))
 
     pred, enc = alone([*first, bpe.vocab_size, bpe.vocab_size + 1])[0, -1], alone(second)[0, -1]
     torch.testing.assert_close(read_hidden(hidden, row.block, pairs.layout.pred)[0], pred)
@@ -831,7 +831,7 @@ def test_ask_gives_the_models_own_probabilities():
     rows = relation_facts(3, 20, 16, 40, 30, seed=0)["train"]["rows"][:4]
     first, second = ask(gpt, facts, rows, torch.device("cpu"), pick_device("cpu", "float32")[1])
     for n, row in enumerate(torch.from_numpy(rows)):
-        logits = gpt.lm_head(gpt(row[None], torch.ones(1, 5, dtype=torch.long))[0])[0]
+        logits = gpt.lm_head(gpt.hidden(row[None], torch.ones(1, 5, dtype=torch.long)))[0]
         want = logits[..., : facts.vocab_size].log_softmax(-1).detach().numpy()
         np.testing.assert_allclose(first[n], want[2], atol=1e-5)
         symbol = row[3].item() - (facts.vocab_size - 2 * facts.side)
