@@ -118,19 +118,23 @@ class Pairs:
     def batch(self, step: int) -> np.ndarray:
         """(B,) the examples of micro-batch `step`, a pure function of (seed, step).
 
-        Every epoch is a new order without repeats. Within pools of 64 batches the examples are
-        sorted by length before they are cut into batches, so that a batch needs little padding;
-        then the batches are shuffled. What is left over at the end of an epoch waits for the
-        next order.
+        Every epoch is a new order without repeats; what is left over at its end waits for the
+        next. To need little padding, a batch holds examples of like length: of the whole row
+        first, then, among eight batches of those, of the code, which JEPA adds once more (GSM8K:
+        2 % of positions with and without JEPA; by the whole row alone 10 % without). A random 3 %
+        of the lengths keeps the batches from being the same in every epoch.
         """
         B = self.config.batch_size
         epoch, step = divmod(step, len(self) // B)
         if getattr(self, "_epoch", None) != epoch:  # planning an epoch costs milliseconds
             rng = np.random.default_rng((self.config.seed, epoch))
             order = rng.permutation(len(self))[: len(self) // B * B]
-            length = self.lengths[order].sum(1)  # of a full row
-            pool = np.arange(len(order)) // (64 * B)
-            order = order[np.lexsort((length, pool))].reshape(-1, B)
+            pools = np.arange(len(order)) // B
+            for columns, n_batches in (([0, 1], 512), ([1], 8)):
+                length = self.lengths[order][:, columns].sum(1)
+                length = length * rng.uniform(1, 1.03, len(order))
+                order = order[np.lexsort((length, pools // n_batches))]
+            order = order.reshape(-1, B)
             self._epoch, self._order = epoch, order[rng.permutation(len(order))]
         return self._order[step]
 
