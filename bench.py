@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         for arm, options in arms.items():
             pairs.config = replace(config, **options)
             begin = time.perf_counter()
-            _, n = forward_backward(model, pairs, step, device, autocast)
+            _, n, _ = forward_backward(model, pairs, step, device, autocast)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -33,6 +33,8 @@ class Config:
     dataset: str = "gsm8k"  # gsm8k | word_problems, regex, relations (made here) | a .jsonl or .txt
     data_dir: str = ""  # folder with train.jsonl and test.jsonl; empty means data/<dataset>
     offline_fallback: bool = True  # train on word_problems when gsm8k cannot be had
+    train_rows: int = 0  # train on this many rows, a fixed random choice; 0 is all
+    regex_split: str = "random"  # random | depth (dataset=regex: test stacks more rules than train)
     bad_lines: str = "error"  # error | skip (count unreadable JSONL lines and go on)
     tokenizer: str = "gpt2"  # gpt2 (50257 tokens) | bpe (trained on train) | words (relations)
     bpe_vocab_size: int = 8192  # size of the bpe vocabulary, its two special tokens included
@@ -86,6 +88,7 @@ class Config:
     # evaluation and logging
     eval_interval: int = 100  # steps between evaluations; each also writes a checkpoint
     eval_pairs: int = 256  # held-out pairs in an evaluation, the same ones every time
+    eval_answers: int = 0  # held-out questions it answers (val_exact ...); 0 does not ask
     log_interval: int = 10  # steps between progress lines
 
 
@@ -93,6 +96,7 @@ CHOICES = {
     "init_from": ("scratch", "resume"),
     "dtype": ("auto", "float32", "bfloat16"),
     "bad_lines": ("error", "skip"),
+    "regex_split": ("random", "depth"),
     "tokenizer": ("gpt2", "bpe", "words"),
     "answer_view": ("full", "final"),
     "labels": ("answer", "all"),
@@ -230,6 +234,10 @@ def check(config: Config) -> None:
             fail(f"{key}={value} goes with dataset=relations, and with nothing else")
     if config.dataset.endswith(".txt") and config.views != "split":
         fail(f"dataset={config.dataset} is running text and needs views=split")
+    if config.regex_split == "depth" and config.dataset != "regex":
+        fail(f"regex_split=depth goes with dataset=regex, not {config.dataset}")
+    if config.eval_answers and config.views in ("facts", "split"):
+        fail(f"eval_answers={config.eval_answers}: views={config.views} asks no question")
     if config.jepa_split >= 1:
         fail(f"jepa_split={config.jepa_split} must be below 1")
     for key in ("dropout", "jepa_dropout", "beta1", "beta2", "ema"):

@@ -32,7 +32,9 @@ def load_rows(config: Config) -> tuple[dict[str, list[dict[str, str]]], str, str
         return generated_rows(), "word_problems", "synthetic.py"
     if config.dataset == "regex":
         sizes = {"train": 8000, "val": 512, "test": 1000}
-        return {s: regex_pairs(s, n) for s, n in sizes.items()}, "regex", "regexes.py"
+        by_depth = config.regex_split == "depth"
+        rows = {s: regex_pairs(s, n, by_depth=by_depth) for s, n in sizes.items()}
+        return rows, "regex", "regexes.py"
     if config.dataset == "relations":
         return relation_rows(config), "relations", "relations.py"
     if config.dataset.endswith(".txt"):
@@ -223,6 +225,7 @@ class Data:
     pairs: dict[str, Pairs]  # train, val and, where there is one, test
     tokenizer: Tokenizer
     provenance: dict[str, str | int]
+    answers: str  # how they are scored: number | final | string | regex (see evaluate.score)
 
 
 def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
@@ -239,6 +242,12 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
         train = rows["train"]
         rows["val"] = [train[i] for i in order[:n_val]]
         rows["train"] = [train[i] for i in np.sort(order[n_val:])]
+    if config.train_rows:
+        n_rows = len(rows["train"])
+        if config.train_rows > n_rows:
+            fail(f"train_rows={config.train_rows}: {source} has {n_rows} training rows")
+        chosen = np.random.default_rng(1).permutation(n_rows)[: config.train_rows]
+        rows["train"] = [rows["train"][i] for i in np.sort(chosen)]
     if config.views != "facts" and not config.dataset.endswith(".txt"):
         rows = {split: [as_pair(row) for row in some] for split, some in rows.items()}
     if tokenizer is None and config.tokenizer == "words":
@@ -275,7 +284,10 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
         **{f"{split}_rows": len(r) for split, r in rows.items()},
         **{f"{split}_sha256": d for split, d in digest.items()},
     }  # fmt: skip
-    return Data(pairs, tokenizer, provenance)
+    answers = {"gsm8k": "number", "word_problems": "number", "regex": "regex"}.get(name, "string")
+    if answers == "number" and config.answer_view == "final":
+        answers = "final"  # the answer is the number alone
+    return Data(pairs, tokenizer, provenance, answers)
 
 
 def sha256(rows: list[dict[str, str]]) -> str:

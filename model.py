@@ -234,8 +234,7 @@ class GPT(nn.Module):
         """
         attn_mask, position_ids = block_causal_mask(block, self.sees)
         # Most of the last layer and the output layer, the widest of all, run on these alone.
-        labelled = torch.zeros_like(block, dtype=torch.bool) if targets is None else targets != -1
-        keep = labelled | (block != F.pad(block, (0, 1), value=-1)[:, 1:]) | self.read_everywhere
+        labelled, keep = self.where_read(block, targets)
         kept = self.encode(idx, position_ids, attn_mask, keep=keep)  # (N, C)
         hidden = kept.new_zeros(*idx.shape, kept.size(-1))
         hidden[keep] = kept
@@ -245,6 +244,23 @@ class GPT(nn.Module):
         if logits.device.type != "cpu":
             return hidden, F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
         return hidden, SummedCrossEntropy.apply(logits, targets[labelled])
+
+    def where_read(self, block, targets):
+        """(B, T) bool each: positions with a label, and those whose final hidden state is read."""
+        labelled = torch.zeros_like(block, dtype=torch.bool) if targets is None else targets != -1
+        is_end = block != F.pad(block, (0, 1), value=-1)[:, 1:]
+        return labelled, labelled | is_end | self.read_everywhere
+
+    def flops(self, block, targets=None):
+        """Floating-point operations of `forward`'s matrix products, two per multiply-add; backward
+        takes twice as many. Padding and masked scores are computed too, so they count."""
+        (B, T), C, n_layer = block.shape, self.wte.embedding_dim, len(self.h)
+        labelled, keep = self.where_read(block, targets)
+        whole_row = 6 * C * C + 4 * T * C  # per token: c_attn; scores and weighted sum
+        rest = 18 * C * C  # the attention's c_proj and the MLP; in the last layer where read
+        n_rest = (n_layer - 1) * B * T + keep.sum().item()
+        output = 2 * C * self.vocab_size * labelled.sum().item()
+        return n_layer * B * T * whole_row + n_rest * rest + output
 
     def hidden(self, idx, block):
         """Hidden states after the final norm at every position: (B, T), (B, T) -> (B, T, C)."""

@@ -14,10 +14,12 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from config import Config, fail, load_config
 from data import Data, load_data
+from evaluate import SHARES, answer, longest_answer, share
 from jepa import alignment, distance, spread, verdict
 from model import GPT, PAD, read_hidden
 from run import (
@@ -57,8 +59,9 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
 
 def forward_backward(
     model: GPT, train: Pairs, step: int, device: torch.device, autocast, ema: GPT | None = None
-) -> tuple[dict[str, float], int]:
-    """Accumulate the gradient of one step's loss; the loss's terms, and the tokens it took.
+) -> tuple[dict[str, float], int, int]:
+    """Accumulate the gradient of one step's loss; the loss's terms, the tokens and the floating-
+    point operations it took.
 
     `ema`, where there is one, encodes the targets.
     """
@@ -78,6 +81,7 @@ def forward_backward(
     n_labels = sum((rows.targets != -1).sum().item() for rows in batches)
     n_pairs = sum(keep.sum() for keep in with_jepa)  # examples that carry the JEPA term
     n_tokens = sum((rows.block != PAD).sum().item() for rows in batches)
+    flops = sum(3 * model.flops(rows.block, rows.targets) for rows in batches)
     total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0, "loss": 0.0}
     for numbers, keep, rows in zip(examples, with_jepa, batches):
         rows = rows.to(device)
@@ -91,6 +95,7 @@ def forward_backward(
             if apart:  # after the other pass: autocast caches its weights
                 own = train.pack(numbers[keep], (layout.enc,)).to(device)
                 n_tokens += (own.block != PAD).sum().item()
+                flops += model.flops(own.block)  # forward only
                 with torch.no_grad(), autocast():
                     hidden = (ema or model)(own.idx, own.block)[0]
                 target = read_hidden(hidden, own.block, layout.enc, config.pooling)
@@ -108,7 +113,7 @@ def forward_backward(
             total[name] += value.item()
     if not n_pairs:
         del total["jepa"], total["spread"]
-    return total, n_tokens
+    return total, n_tokens, flops
 
 
 def main(argv: list[str]) -> None:
@@ -136,12 +141,12 @@ def main(argv: list[str]) -> None:
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None  # encodes targets
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"model {n_parameters / 1e6:.1f}M parameters, {config.max_iters} steps, run {out_dir}")
-    step, tokens_seen, seconds, best_ce = 0, 0, 0.0, math.inf
+    step, tokens_seen, flops_seen, seconds, best_ce = 0, 0, 0, 0.0, math.inf
     if resume:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, tokens_seen, seconds = saved["step"], saved["tokens"], saved["seconds"]
-        best_ce = saved["best_ce"]
+        step, tokens_seen, flops_seen = saved["step"], saved["tokens"], saved["flops"]
+        seconds, best_ce = saved["seconds"], saved["best_ce"]
         if ema:
             ema.load_state_dict(saved["ema"])
         torch.set_rng_state(saved["rng"])
@@ -171,8 +176,8 @@ def main(argv: list[str]) -> None:
 
     def save_last():
         cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        save("ckpt.pt", optimizer=optimizer.state_dict(), tokens=tokens_seen, seconds=seconds,
-             best_ce=best_ce, rng=torch.get_rng_state(), cuda_rng=cuda_rng,
+        save("ckpt.pt", optimizer=optimizer.state_dict(), tokens=tokens_seen, flops=flops_seen,
+             seconds=seconds, best_ce=best_ce, rng=torch.get_rng_state(), cuda_rng=cuda_rng,
              ema=ema.state_dict() if ema else None)
 
     # Ctrl-C and SIGTERM finish the step, save and exit; a second one ends at once.
@@ -201,12 +206,16 @@ def main(argv: list[str]) -> None:
             )
             measures = alignment(pred, target)
             val_jepa = distance(pred, target, config.jepa_loss).item()
-            log(step=step, val_ce=val_ce, val_jepa=val_jepa, tokens=tokens_seen, seconds=seconds,
+            answers = answer_some(model, data, config.eval_answers, autocast)
+            log(step=step, val_ce=val_ce, val_jepa=val_jepa, tokens=tokens_seen, flops=flops_seen,
+                seconds=seconds, **answers,
                 **{f"val_{name}": value for name, value in measures.items()},
                 val_effective_rank=min(measures["effective_rank_pred"],
                                        measures["effective_rank_target"]))
             print(f"step {step}: val ce {val_ce:.4f} | jepa {val_jepa:.4f} | "
-                  + panel(measures, len(pred)), flush=True)
+                  + panel(measures, len(pred))
+                  + "".join(f" | {key[4:]} {value:.3f}" for key, value in answers.items()),
+                  flush=True)
             if config.jepa_weight and verdict(measures) == "collapsed" and not warned:
                 warned = True
                 print("warning: COLLAPSE. Wrong question/answer pairs score almost the cosine of "
@@ -230,8 +239,8 @@ def main(argv: list[str]) -> None:
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total, tokens = forward_backward(model, train, step, device, autocast, ema)
-        tokens_seen += tokens
+        total, tokens, flops = forward_backward(model, train, step, device, autocast, ema)
+        tokens_seen, flops_seen = tokens_seen + tokens, flops_seen + flops
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), config.grad_clip or math.inf
         ).item()
@@ -249,7 +258,8 @@ def main(argv: list[str]) -> None:
         took = time.time() - t0
         seconds += took
         recent = [*recent[-19:], (took, tokens)]
-        log(step=step, **total, lr=lr, grad_norm=norm, tokens=tokens_seen, seconds=seconds)
+        log(step=step, **total, lr=lr, grad_norm=norm, tokens=tokens_seen, flops=flops_seen,
+            seconds=seconds)
         if step % config.log_interval == 0:
             recent_seconds, recent_tokens = map(sum, zip(*recent))
             rate = recent_tokens / recent_seconds
@@ -273,6 +283,17 @@ def panel(measures: dict[str, float], n: int) -> str:
         f"retrieval@1 {measures['retrieval_at_1']:.3f} of {n} (chance {1 / n:.3f}) | effective "
         f"rank {measures['effective_rank_pred']:.1f} / {measures['effective_rank_target']:.1f}"
     )
+
+
+def answer_some(model: GPT, data: Data, n: int, autocast) -> dict[str, float]:
+    """Shares of the first n validation questions that it answers right, by evaluate.score."""
+    pairs, limit = data.pairs["val"], longest_answer(data.pairs["train"])
+    rows = np.argsort(pairs.asked[:n], kind="stable").tolist()
+    records = []
+    for begin in range(0, len(rows), 64):
+        batch = rows[begin : begin + 64]
+        records += answer(model, data.tokenizer, pairs, batch, limit, autocast, data.answers)
+    return {f"val_{key}": share(records, key) for key in SHARES if records and key in records[0]}
 
 
 def check_resume(config: Config, saved: Config, out_dir: Path) -> None:

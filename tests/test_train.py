@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, sums
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import run
@@ -58,7 +59,7 @@ def step_gradients(model, pairs):
     """Gradients and loss terms of step 0, without an update."""
     model.zero_grad()
     no_autocast = run.pick_device("cpu", "float32")[1]
-    total, _ = train.forward_backward(model, pairs, 0, CPU, no_autocast)
+    total, *_ = train.forward_backward(model, pairs, 0, CPU, no_autocast)
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, total
 
 
@@ -285,16 +286,36 @@ def test_resumed_equals_uninterrupted(tiny_run, monkeypatch, number, code, at):
     assert any("spread" in r for r in timeless("out/tiny"))  # the JEPA term was there
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"jepa_weight": 0}, {"stop_grad": True}, {"pooling": "mean"}, {"bias": True, "n_pred": 0},
+    {"gradient_accumulation_steps": 3, "labels": "all"}, {"layout": "plan", "n_pred": 2},
+    {"jepa_dropout": 0.5, "jepa_dropout_per": "example", "n_layer": 1},
+])  # fmt: skip
+def test_the_operations_of_a_step_are_those_that_torch_counts(options, tiny_run):
+    config, pairs, model = setup(**options)
+    no_autocast = run.pick_device("cpu", "float32")[1]
+    with FlopCounterMode(display=False) as counter:
+        *_, flops = train.forward_backward(model, pairs, 1, CPU, no_autocast)
+    assert flops == counter.get_total_flops() > 0
+
+
+def test_operations_add_up_over_a_run(tiny_run):
+    tiny_run()
+    flops = [r["flops"] for r in records()]
+    assert flops == sorted(flops) and flops[-1] > 3 * flops[0] > 0
+    assert checkpoint()["flops"] == flops[-1]
+
+
 def test_a_non_finite_loss_stops_before_the_update(tiny_run, monkeypatch, capsys):
     real, before = train.forward_backward, []
 
     def forward_backward(model, train_pairs, step, *rest):
-        total, tokens = real(model, train_pairs, step, *rest)
+        total, *costs = real(model, train_pairs, step, *rest)
         if step == 5:
             before.append((Path("out/tiny/ckpt.pt").read_bytes(), model,
                            {n: w.clone() for n, w in model.state_dict().items()}))
             total["loss"] = math.nan
-        return total, tokens
+        return total, *costs
 
     monkeypatch.setattr(train, "forward_backward", forward_backward)
     with pytest.raises(SystemExit) as stopped:
@@ -443,7 +464,7 @@ def test_compiled_model_gives_the_same_gradients(tiny_run, monkeypatch, capsys):
     monkeypatch.setattr(GPT, "compile", lambda self, **kw: real(self, backend="eager", **kw))
     _, pairs, model = setup()
     want = step_gradients(model, pairs)[0]
-    loaded = data.Data({"train": pairs}, None, {})
+    loaded = data.Data({"train": pairs}, None, {}, "string")
     train.compile_or_not(model, loaded, CPU, run.pick_device("cpu", "float32")[1])
     assert "\ncompiled" in capsys.readouterr().out and model._compiled_call_impl is not None
     assert all(p.grad is None for p in model.parameters())
@@ -458,7 +479,7 @@ def test_model_that_cannot_be_compiled_runs_eagerly(tiny_run, monkeypatch, capsy
     monkeypatch.setattr(GPT, "compile", no_compiler)
     _, pairs, model = setup()
     want = step_gradients(model, pairs)[0]
-    loaded = data.Data({"train": pairs}, None, {})
+    loaded = data.Data({"train": pairs}, None, {}, "string")
     train.compile_or_not(model, loaded, CPU, run.pick_device("cpu", "float32")[1])
     assert "not compiled, running eagerly: RuntimeError: no compiler\n" in capsys.readouterr().out
     assert_close(step_gradients(model, pairs)[0], want)

@@ -248,7 +248,7 @@ def test_a_step_equals_separate_passes_in_losses_and_gradients(name, k, options)
     weights = dict(ce_weight=0.5, jepa_weight=2.0)
     pairs = hand_made(EXAMPLES, n_pred=k, **weights, **LAYOUTS[name], **options)
     gpt = gpt_for(pairs)
-    terms, _ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
+    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
     got = gradients(gpt)
     stops, mean = "stop_grad" in options, "pooling" in options
     ce, jepa = separate_passes(gpt, name, k, detach=stops, mean=mean)
@@ -288,7 +288,7 @@ def test_our_one_row_equals_the_official_two(k):
     here with the positions of the second reset. Same weights: same losses, same gradients."""
     pairs = hand_made(EXAMPLES, n_pred=k)
     gpt = gpt_for(pairs)
-    terms, _ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
+    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
     got = gradients(gpt)
 
     nll, jepa = [], []
@@ -423,7 +423,7 @@ def test_examples_without_two_steps_train_cross_entropy_only(bpe):
     assert pairs.has_target(np.arange(3)).tolist() == [True, True, False]
     assert pairs.with_jepa(np.arange(3), 0, 0).tolist() == [True, True, False]
     gpt = GPT(pairs.config, bpe.vocab_size, pairs.layout.parents).double()
-    terms, _ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
+    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
     got = gradients(gpt)
     ce, n_labels, jepa = 0.0, 0, []
     for i, row in enumerate(rows):
@@ -444,7 +444,7 @@ def test_examples_without_two_steps_train_cross_entropy_only(bpe):
     _, pred, target = encode_pairs(gpt, pairs, 3, CPU, NO_AUTOCAST)
     assert pred.shape == target.shape == (2, 32)
     alone = tokenized(rows[2:], bpe, **STEPS, batch_size=1)
-    terms, _ = train.forward_backward(gpt, alone, 0, CPU, NO_AUTOCAST)
+    terms, *_ = train.forward_backward(gpt, alone, 0, CPU, NO_AUTOCAST)
     assert set(terms) == {"ce", "loss"} and terms["loss"] == terms["ce"] > 0
     assert set(alone.pack(np.array([0]), alone.layout.row, False).block.unique().tolist()) == {1, 2}
 
@@ -620,7 +620,7 @@ def test_dropped_examples_have_plain_rows_and_the_loss_is_the_mean_of_the_others
     assert kinds == [set(pairs.layout.row), plain, plain]
 
     gpt = gpt_for(pairs)
-    terms, _ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
+    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
     got = gradients(gpt)
     passes = [separate_passes(gpt, name, 1, keep[m], detach=stop_grad) for m in (0, 1)]
     ce, jepa = passes[0][0], (passes[0][1] + 2 * passes[1][1]) / 3
@@ -674,7 +674,7 @@ def test_targets_come_from_the_average_of_the_weights(tiny_run):
 def test_the_average_gets_no_gradient_and_replaces_the_target_only(name):
     pairs = hand_made(EXAMPLES, ema=0.9, **LAYOUTS[name])
     gpt, average = gpt_for(pairs), gpt_for(pairs, seed=1).requires_grad_(False)
-    terms, _ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST, average)
+    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST, average)
     got = gradients(gpt)
     assert all(p.grad is None for p in average.parameters())
     ce, _ = separate_passes(gpt, name, 1)

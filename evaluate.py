@@ -1,0 +1,245 @@
+"""How many held-out questions does a run answer right? Greedy answers, scored, with intervals.
+
+    python evaluate.py                     the newest run, on its test split
+    python evaluate.py RUN RUN ...         several, each compared with the first on the same rows
+    python evaluate.py RUN --file=p.jsonl  on a file of pairs, all of it
+
+Writes accuracy.json and generations.jsonl (a line per answer) into the run's folder; an interrupted
+evaluation goes on where it stopped. A right answer, `exact`: for GSM8K and word problems the number
+after the last ####, for anything else the very string. `prefix`: the answer starts with the target.
+`stopped`: it ended by itself. `equivalent` (regexes): it describes the same lines.
+"""
+
+import json
+import math
+import re
+import time
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+
+from config import fail, parse_args
+from data import as_pair, load_data, read_jsonl, sha256
+from model import GPT
+from regex_equivalence import equivalent
+from run import Run, exit_quietly, load_run, pick_device, runs_newest_first, versions
+from tokenizer import Tokenizer
+from views import CODE, TEXT, Pairs, tokenize
+
+SHARES = ("exact", "prefix", "stopped", "equivalent")
+
+
+@dataclass(frozen=True)
+class Args:
+    # which questions
+    split: str = "test"  # test | val | train
+    file: str = ""  # a .jsonl of pairs instead of the run's own split
+    n: int = 0  # the first n of them; 0 is all
+    data_dir: str = ""  # folder of the data, if it is no longer where the run found it
+    # how to answer and score
+    max_new_tokens: int = 0  # at most; 0 is the length of the longest answer in train
+    batch_size: int = 64  # questions at a time
+    score: str = "auto"  # auto (by the data) | number | string | regex
+    # where
+    device: str = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | mps
+    dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
+
+
+def main(argv: list[str]) -> None:
+    values, names = parse_args(Args, argv, "python evaluate.py [RUN ...] [--key=value ...]")
+    args = Args(**values)
+    if args.split not in ("train", "val", "test") or args.batch_size < 1:
+        fail(f"split={args.split} must be test, val or train, and batch_size={args.batch_size} "
+             "at least 1")
+    if args.score not in ("auto", "number", "string", "regex"):
+        fail(f"score={args.score} is not one of auto, number, string, regex")
+    if args.n < 0 or args.max_new_tokens < 0:
+        fail(f"n={args.n} and max_new_tokens={args.max_new_tokens} must not be below 0")
+    device, autocast = pick_device(args.device, args.dtype)
+    results = []
+    for path in [Path(name) for name in names] or runs_newest_first()[:1]:
+        results.append(evaluate(load_run(path, device), args, autocast))
+
+    keys = [key for key in SHARES if key in results[0][0]]
+    print(f"\n{'run':<28}{'n':>6}" + "".join(f"{key:>22}" for key in keys))
+    for summary, _ in results:
+        print(f"{summary['run']:<28}{summary['n']:>6}" + "".join(
+            f"{summary[key]:>8.3f} [{low:.3f}, {high:.3f}]"
+            for key in keys for low, high in [summary[f"{key}_95"]]))  # fmt: skip
+    (first, ours), *others = results
+    for summary, theirs in others:
+        if [r["target"] for r in theirs] != [r["target"] for r in ours]:
+            fail(f"{summary['run']} answered other questions than {first['run']}")
+        right, wrong = mcnemar_counts(ours, theirs)
+        print(f"{summary['run']} against {first['run']}: right where it was wrong {wrong}, wrong "
+              f"where it was right {right}, McNemar p = {mcnemar(right, wrong):.2g}")
+
+
+def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
+    """Answer and score every question for one run; accuracy.json's content, and the answers."""
+    config = replace(run.config, data_dir=args.data_dir or run.config.data_dir)
+    if config.views in ("facts", "split"):
+        use = "eval_relations.py" if config.views == "facts" else "eval_alignment.py"
+        fail(f"{run.path} was trained with views={config.views}, which asks no question; "
+             f"{use} measures it")
+    data = load_data(config, run.tokenizer)
+    trained_on = run.provenance["data"]
+    if data.provenance["train_sha256"] != trained_on["train_sha256"]:
+        fail(f"{run.path} was trained on {trained_on['dataset']} from {trained_on['source']}, "
+             f"other data than {data.provenance['source']} holds; --data_dir names a folder")
+    if args.file:
+        rows = [as_pair(row) for row in read_jsonl(Path(args.file), config.bad_lines)]
+        pairs, n_rows, digest = tokenize(rows, run.tokenizer, config)[0], len(rows), sha256(rows)
+    elif args.split not in data.pairs:
+        fail(f"{data.provenance['source']} has no {args.split} split; --split=val, or --file=...")
+    else:
+        pairs, n_rows = data.pairs[args.split], data.provenance[f"{args.split}_rows"]
+        digest = data.provenance[f"{args.split}_sha256"]
+    left_out = n_rows - len(pairs)  # longer than block_size: not answered, so wrong
+    kind = data.answers if args.score == "auto" else args.score
+    limit = args.max_new_tokens or longest_answer(data.pairs["train"])
+    n = min(args.n or len(pairs), len(pairs))
+    if not n:
+        fail(f"none of the {n_rows} questions fits into block_size={config.block_size}")
+
+    # One file per checkpoint and set of questions; its first line says of what it is.
+    about = {
+        "run": run.name, "step": run.step, "questions": args.file or args.split, "n": n,
+        "questions_sha256": digest, "max_new_tokens": limit, "score": kind,
+        "trained": run.provenance, "seed": config.seed, "recipe": config.recipe, **versions(),
+    }  # fmt: skip
+    names = [] if run.path.stem == "ckpt" else [run.path.stem]
+    names += [Path(args.file).stem] if args.file else [args.split] if args.split != "test" else []
+    path = run.path.parent / ("-".join(["generations", *names]) + ".jsonl")
+    records = resumable(path, about)
+    if records:
+        print(f"{path} holds {len(records)} of {n} answers")
+    else:
+        path.write_text(json.dumps(about) + "\n")
+    done = {record["row"] for record in records}
+    # Questions of like length together: little padding, and their answers are of like length too.
+    todo = [int(row) for row in np.argsort(pairs.asked[:n], kind="stable") if row not in done]
+    started, n_before = time.time(), len(records)
+    for begin in range(0, len(todo), args.batch_size):
+        batch = todo[begin : begin + args.batch_size]
+        new = answer(run.model, run.tokenizer, pairs, batch, limit, autocast, kind)
+        with open(path, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in new)
+        records += new
+        eta = (time.time() - started) * (n - len(records)) / (len(records) - n_before)
+        print(f"{run.name}: {len(records)}/{n} | exact {share(records, 'exact'):.3f} | "
+              f"ETA {eta // 60:.0f}:{eta % 60:02.0f}", flush=True)
+
+    total = n + (left_out if n == len(pairs) else 0)
+    summary = {"n": total, "left_out": total - n}
+    for key in SHARES:
+        if key in records[0]:
+            count = sum(record[key] for record in records)
+            summary |= {key: count / total, f"{key}_95": wilson(count, total)}
+    seconds = sum(record["seconds"] for record in records)
+    summary["tokens_per_second"] = sum(record["tokens"] for record in records) / seconds
+    out = path.with_name("-".join(["accuracy", *names]) + ".json")
+    out.write_text(json.dumps({**summary, "provenance": about}, indent=1) + "\n")
+    print(f"wrote {out} and {path.name}")
+    return {**about, **summary}, sorted(records, key=lambda record: record["row"])
+
+
+def resumable(path: Path, about: dict) -> list[dict]:
+    """The answers in a file that was begun for the same checkpoint and questions; a line that a
+    kill cut short is dropped."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    same = ("run", "step", "questions_sha256", "n", "max_new_tokens", "score", "trained", "torch")
+    if not records or any(records[0].get(key) != about[key] for key in same):
+        return []
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records[1:]
+
+
+def longest_answer(pairs: Pairs) -> int:
+    """Tokens of the longest answer of a split, its end of text included."""
+    return int((pairs.lengths[:, :2].sum(1) - pairs.asked).max())
+
+
+def answer(
+    model: GPT, tokenizer: Tokenizer, pairs: Pairs, rows: list[int], max_new_tokens: int, autocast,
+    kind: str = "string",
+) -> list[dict]:
+    """Greedy answers of the model to examples `rows` of a split, as one batch, and their scores."""
+    was_training, started = model.training, time.time()
+    model.eval()
+    with autocast():
+        outputs = model.generate(
+            [pairs.prompt(row) for row in rows], max_new_tokens, tokenizer.eot, temperature=0
+        )
+    model.train(was_training)
+    seconds = (time.time() - started) / len(rows)
+    records = []
+    for row, ids in zip(rows, outputs):
+        stopped = ids[-1:] == [tokenizer.eot]
+        asked, text = pairs.asked[row], pairs.view(row, TEXT)
+        output = tokenizer.decode(ids)
+        target = tokenizer.decode(text[asked:] + pairs.view(row, CODE))
+        records.append({
+            "row": row, "prompt": tokenizer.decode(text[:asked]), "output": output,
+            "target": target, "stop": "end of text" if stopped else "length", "stopped": stopped,
+            **score(output, target, kind), "tokens": len(ids), "seconds": seconds,
+        })  # fmt: skip
+    return records
+
+
+# --- scores -----------------------------------------------------------------------------------
+
+
+def score(output: str, target: str, kind: str) -> dict[str, bool]:
+    """Is an answer right? kind: number (after ####), final (the text is one), string, regex."""
+    scores = {"exact": output == target, "prefix": output.startswith(target)}
+    if kind in ("number", "final"):
+        mark = "####" if kind == "final" else ""
+        value = number(mark + target)
+        scores["exact"] = value is not None and number(mark + output) == value
+    if kind == "regex":
+        scores["equivalent"] = scores["exact"] or bool(equivalent(output, target))
+    return scores
+
+
+def number(text: str) -> Decimal | None:
+    """The number after the last ####, without commas and $; None if there is none."""
+    _, mark, after = text.rpartition("####")
+    found = re.match(r"\s*(-?(\d+(\.\d+)?|\.\d+))(?![\d/]|\.\d)", re.sub(r"[$,]", "", after))
+    return Decimal(found[1]) if mark and found else None
+
+
+def share(records: list[dict], key: str) -> float:
+    return sum(record[key] for record in records) / len(records)
+
+
+def wilson(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share, Wilson's score interval: it holds near 0 and 1 too."""
+    p = count / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar_counts(ours: list[dict], theirs: list[dict]) -> tuple[int, int]:
+    """Rows that only `ours` got right, and only `theirs`; both in the same order."""
+    both = [(a["exact"], b["exact"]) for a, b in zip(ours, theirs)]
+    return both.count((True, False)), both.count((False, True))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p of the exact McNemar test: where two models differ, is it a fair coin?"""
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+if __name__ == "__main__":
+    exit_quietly(main)

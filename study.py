@@ -1,0 +1,195 @@
+"""The study of English → regex: which JEPA setting, if any, beats the plain language model?
+
+    python study.py coarse [--dataset=pairs.jsonl] [--jobs=2] [--key=value ...]
+    python study.py final  [...]            the arms that are left, five seeds each
+
+An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
+same command again skips what is finished. Compared are greedy exact match on 512 validation
+questions, at several points of training and so of compute, and the collapse panel. Writes
+results.json, study.png and the table in README.md's form.
+"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from config import Config, check, convert, fail, find_recipe, read_recipe
+from run import exit_quietly, read_metrics, versions
+from sweep import Cell, train_cells
+
+RECIPE = "nlrx_jepa"
+BASE = dict(
+    train_rows=2000, system_prompt="drop", max_iters=1000, eval_interval=250, eval_answers=512,
+    eval_pairs=512, log_interval=50, spread="none", spread_weight=0.0,
+)  # fmt: skip
+CROSS = dict(spread="cross", spread_weight=0.6)
+NCE = dict(jepa_loss="infonce", jepa_weight=0.05, jepa_warmup_iters=0)
+DEFAULT = dict(jepa_weight=0.3, **CROSS)
+STAGES = {
+    "variants": ((0,), {name: dict(DEFAULT, max_iters=500, **options) for name, options in {
+        "tree (the default)": {}, "isolated": dict(layout="isolated"), "plan": dict(layout="plan"),
+        "reverse": dict(direction="reverse"), "front": dict(pred_place="front"),
+        "k 0": dict(n_pred=0), "k 4": dict(n_pred=4), "stop_grad": dict(stop_grad=True),
+        "ema .99": dict(ema=0.99), "Enc mean": dict(pooling="mean"),
+        "l2": dict(jepa_loss="l2"), "mse": dict(jepa_loss="mse"),
+        "InfoNCE": dict(jepa_loss="infonce", spread="none", spread_weight=0.0),
+        "cosine alone": dict(spread="none", spread_weight=0.0),
+        "vicreg": dict(spread="vicreg", spread_weight=0.1),
+        "sigreg": dict(spread="sigreg", spread_weight=0.02),
+        "half the steps": dict(jepa_dropout=0.5),
+        "half the examples": dict(jepa_dropout=0.5, jepa_dropout_per="example"),
+        "λ 0": dict(jepa_weight=0.0),
+    }.items()}),
+    "coarse": ((0,), {  # seeds, arms
+        "λ 0": dict(jepa_weight=0.0),
+        "λ 0, lr 1e-3": dict(jepa_weight=0.0, learning_rate=1e-3),
+        "λ 0, lr 4e-3": dict(jepa_weight=0.0, learning_rate=4e-3),
+        "λ 0, 1.5 x steps": dict(jepa_weight=0.0, max_iters=1500),
+        "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
+        "cosine λ 1, stop_grad": dict(jepa_weight=1.0, jepa_warmup_iters=0, stop_grad=True),
+        "cosine λ .3, cross": dict(jepa_weight=0.3, **CROSS),
+        "cosine λ .3, cross, stop_grad": dict(jepa_weight=0.3, stop_grad=True, **CROSS),
+        "cosine λ .5, vicreg .1": dict(jepa_weight=0.5, spread="vicreg", spread_weight=0.1),
+        "cosine λ .5, sigreg .02": dict(jepa_weight=0.5, spread="sigreg", spread_weight=0.02),
+        "InfoNCE λ .05": NCE,
+        "InfoNCE λ .05, lr 1e-3": dict(NCE, learning_rate=1e-3),
+        "InfoNCE λ .05, lr 4e-3": dict(NCE, learning_rate=4e-3),
+        "InfoNCE λ .2": dict(NCE, jepa_weight=0.2),
+        "InfoNCE λ .05, stop_grad": dict(NCE, stop_grad=True),
+        "InfoNCE λ .1, LD .5": dict(NCE, jepa_weight=0.1, jepa_dropout=0.5),
+        "InfoNCE λ .2, LD .75": dict(NCE, jepa_weight=0.2, jepa_dropout=0.75),
+        "InfoNCE λ .05, k 0": dict(NCE, n_pred=0),
+        "InfoNCE λ .05, k 4": dict(NCE, n_pred=4),
+        "plan, λ 0": dict(layout="plan", jepa_weight=0.0),
+        "plan, InfoNCE λ .05": dict(NCE, layout="plan"),
+    }),
+}  # fmt: skip
+CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
+PANEL = ("val_matched", "val_mismatched", "val_retrieval_at_1", "val_effective_rank")
+
+
+def main(argv: list[str]) -> None:
+    stage = argv[0] if argv and argv[0] in STAGES else fail(f"name a stage: {', '.join(STAGES)}")
+    given = {}
+    for arg in argv[1:]:
+        key, equals, text = arg.removeprefix("--").partition("=")
+        if not equals:
+            fail(f"{arg}: options are written --key=value")
+        given[key] = text
+    jobs = int(given.pop("jobs", 1))
+    given = {key: convert(Config, key, text, "on the command line") for key, text in given.items()}
+    seeds, arms = STAGES[stage]
+    folder = Path(given.pop("out_dir", f"out/study-{stage}"))
+    cells = {(arm, seed): make_cell(folder, arm, {**BASE, **given, **options}, seed)
+             for arm, options in arms.items() for seed in seeds}  # fmt: skip
+    train_cells(list(cells.values()), jobs)
+
+    results = {}
+    for arm in arms:
+        curves = [evaluations(cells[arm, seed].folder) for seed in seeds]
+        done = [c for c in curves if c and c[-1]["step"] == cells[arm, seeds[0]].config.max_iters]
+        if len(done) == len(seeds):
+            results[arm] = {key: [[record[key] for record in curve] for curve in done]
+                            for key in ("step", *CURVES, *PANEL)}  # fmt: skip
+    if not results:
+        fail("no arm is finished")
+    lines = table(results)
+    print("\n".join(lines))
+    about = json.loads((cells[next(iter(results)), seeds[0]].folder / "config.json").read_text())
+    provenance = {"data": about["provenance"]["data"], "base": {**BASE, **given}, "seeds": seeds,
+                  "recipe": RECIPE, **versions()}  # fmt: skip
+    (folder / "results.json").write_text(
+        json.dumps({"provenance": provenance, "arms": results, "options": arms}, indent=1) + "\n")
+    draw(results, provenance).savefig(folder / "study.png", dpi=120)
+    print(f"wrote {folder / 'results.json'} and study.png")
+
+
+def make_cell(folder: Path, arm: str, options: dict, seed: int) -> Cell:
+    """One run: the recipe, the study's base, the arm's options, a seed."""
+    path = find_recipe(RECIPE)
+    name = arm.replace(" ", "_").replace(",", "").replace("λ", "lambda")
+    own = {**options, "seed": seed, "out_dir": f"{folder}/{name}-{seed}"}
+    config = Config(**{**read_recipe(path), "recipe": path.stem, **own})
+    check(config)
+    command = (str(path), *(f"--{key}={value}" for key, value in own.items()))
+    return Cell({"arm": arm, "seed": seed}, command, config, Path(own["out_dir"]))
+
+
+def evaluations(folder: Path) -> list[dict]:
+    return [record for record in read_metrics(folder / "metrics.jsonl") if "val_ce" in record]
+
+
+def table(results: dict[str, dict]) -> list[str]:
+    """A Markdown row per arm: exact match midway and at the end, and the panel, mean ± sd; the last
+    column tests the end against the first arm's, seed by seed."""
+    lines = ["| arm | n | TFLOP | exact, midway | exact | prefix | stopped | CE | matched | "
+             "mismatched | retrieval@1 | rank | p |", "|---|" + "---|" * 12]  # fmt: skip
+    reference = None
+    for arm, r in results.items():
+        last = {key: [curve[-1] for curve in r[key]] for key in r}
+        midway = [curve[len(curve) // 2 - 1] for curve in r["val_exact"]]
+        reference = reference or last["val_exact"]
+        same = last["val_exact"] is reference or len(reference) < 2
+        p = "" if same else f"{paired_t(last['val_exact'], reference):.2g}"
+        cells = [mean_sd(last[key], 3) for key in ("val_prefix", "val_stopped", "val_ce")]
+        cells += [mean_sd(last[key], 1 if "rank" in key else 2) for key in PANEL]
+        lines.append(f"| {arm} | {len(midway)} | {statistics.fmean(last['flops']) / 1e12:.1f} | "
+                     f"{mean_sd(midway, 3)} | {mean_sd(last['val_exact'], 3)} | "
+                     + " | ".join(cells) + f" | {p} |")  # fmt: skip
+    return lines
+
+
+def mean_sd(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def paired_t(a: list[float], b: list[float]) -> float:
+    """Two-sided p of the paired t-test of n differences, by integrating Student's density."""
+    differences = np.subtract(a, b)
+    n, sd = len(differences), differences.std(ddof=1)
+    if sd == 0:
+        return 1.0 if differences.mean() == 0 else 0.0
+    t, df = abs(differences.mean()) / (sd / math.sqrt(n)), n - 1
+    x = np.linspace(0, t, 20001)
+    log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+    inside = np.trapezoid(np.exp(log_c) * (1 + x * x / df) ** (-(df + 1) / 2), x)
+    return max(0.0, 1 - 2 * float(inside))
+
+
+def draw(results: dict[str, dict], about: dict):
+    """Exact match against compute, and retrieval@1 against the cosine gap, per arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    curves, gap = figure.subplots(1, 2, width_ratios=[3, 2])
+    styles = ["-", "--", ":", "-."]
+    for i, (arm, r) in enumerate(results.items()):
+        exact, flops = np.array(r["val_exact"]), np.array(r["flops"]).mean(0) / 1e12
+        style = dict(color=f"C{i % 10}", ls=styles[i // 10 % 4])
+        curves.plot(flops, exact.mean(0), marker="o", ms=3, label=arm, **style)
+        if len(exact) > 1:
+            sd = exact.std(0, ddof=1)
+            curves.fill_between(flops, exact.mean(0) - sd, exact.mean(0) + sd, alpha=0.15,
+                                color=style["color"], lw=0)  # fmt: skip
+        end = {key: np.array(r[key])[:, -1].mean() for key in PANEL}
+        gap.plot(end["val_matched"] - end["val_mismatched"], end["val_retrieval_at_1"], "o",
+                 color=style["color"])  # fmt: skip
+        gap.annotate(arm, (end["val_matched"] - end["val_mismatched"], end["val_retrieval_at_1"]),
+                     fontsize=6, xytext=(3, 2), textcoords="offset points")  # fmt: skip
+    curves.set(xlabel="TFLOP spent in training", ylabel="exact match, validation")
+    curves.legend(frameon=False, fontsize=7)
+    gap.set(xlabel="cosine, matched − mismatched", ylabel="retrieval@1")
+    data = about["data"]
+    figure.suptitle(f"English → regex, {data['train_rows']} rows of {data['dataset']}")
+    figure.text(0.01, -0.02, f"train sha256 {data['train_sha256'][:12]}, seeds {about['seeds']}, "
+                f"commit {about['commit']}, torch {about['torch']}, {about['time']}",
+                fontsize=7, color="grey")  # fmt: skip
+    return figure
+
+
+if __name__ == "__main__":
+    exit_quietly(main)

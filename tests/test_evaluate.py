@@ -1,0 +1,194 @@
+"""Scores, intervals and the evaluation of a whole split."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import error_line, sums
+
+import evaluate
+from config import Config
+from evaluate import answer, mcnemar, number, score, wilson
+from tokenizer import train_tokenizer
+from views import tokenize
+
+NUMBERS = [
+    ("5+3=8\n#### 8", 8), ("#### 1,234", 1234), ("#### $1,234,567", 1234567), ("#### -7", -7),
+    ("#### -$7", -7), ("#### 3.50", 3.5), ("#### .5", 0.5), ("#### 42 apples", 42),
+    ("#### 12%", 12), ("####8", 8), ("#### 3\n#### 4", 4), ("#### 18.\nSo it is 20", 18),
+    ("#### 0", 0), ("#### 007", 7), ("the answer is 8", None), ("", None), ("####", None),
+    ("#### none", None), ("#### 1/2", None), ("8 ####", None), ("#### 8 ####", None),
+    ("#### 3.5/2", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, value", NUMBERS)
+def test_the_number_after_the_last_mark(text, value):
+    assert number(text) == (None if value is None else pytest.approx(value))
+
+
+@pytest.mark.parametrize("output, target, kind, exact, prefix", [
+    ("4+4=8\n#### 8", "5+3=8\n#### 8", "number", True, False),
+    ("5+3=8\n#### 9", "5+3=8\n#### 8", "number", False, False),
+    ("no number", "no number", "number", False, True),  # a missing number is wrong, on either side
+    ("1,000", "1000", "final", True, False),
+    ("", "8", "final", False, False),
+    ("[a-z]+", "[a-z]+", "string", True, True),
+    ("[a-z]+x", "[a-z]+", "string", False, True),
+    ("[a-z]", "[a-z]+", "string", False, False),
+    (" [a-z]+", "[a-z]+", "string", False, False),
+])  # fmt: skip
+def test_scores(output, target, kind, exact, prefix):
+    assert score(output, target, kind) == {"exact": exact, "prefix": prefix}
+
+
+def test_another_spelling_of_a_regex_is_equivalent_but_not_exact():
+    scores = score("([0-9])|([a-z])", "([a-z])|([0-9])", "regex")
+    assert scores == {"exact": False, "prefix": False, "equivalent": True}
+    assert not score("([0-9])|([A-Z])", "([a-z])|([0-9])", "regex")["equivalent"]
+    assert not score("((((", "([a-z])|([0-9])", "regex")["equivalent"]
+    assert score("((((", "((((", "regex")["equivalent"]  # the very string
+
+
+def test_wilson_interval():
+    """Against the roots of its definition: |share - p| = z sqrt(p (1 - p) / n)."""
+    for count, n in ((0, 10), (3, 10), (10, 10), (500, 1319)):
+        for p in wilson(count, n):
+            gap = 1.959964 * math.sqrt(p * (1 - p) / n)
+            assert abs(count / n - p) == pytest.approx(gap, abs=1e-7)
+    assert wilson(0, 10)[0] == pytest.approx(0) and wilson(10, 10)[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("only_a, only_b, p", [
+    (0, 0, 1), (5, 5, 1), (0, 5, 2 / 32), (5, 0, 2 / 32), (1, 9, 2 * 11 / 1024), (3, 4, 1),
+])  # fmt: skip
+def test_mcnemar_is_a_fair_coin(only_a, only_b, p):
+    assert mcnemar(only_a, only_b) == pytest.approx(p)
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+class Oracle(torch.nn.Module):
+    """Answers every question from a list, or with nothing."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def generate(self, prompts, max_new_tokens, eot, temperature):
+        assert not self.training and temperature == 0
+        return [self.answers.get(tuple(prompt), [eot])[:max_new_tokens] for prompt in prompts]
+
+
+def pairs_of(rows, **options):
+    texts = [row[key] for row in rows for key in ("question", "answer")]
+    tokenizer = train_tokenizer(texts, 320)
+    config = Config(block_size=128, **options)
+    pairs = [{"text": r["question"], "code": r["answer"], "system": ""} for r in rows]
+    return tokenize(pairs, tokenizer, config)[0], tokenizer
+
+
+@pytest.mark.parametrize("options", [{}, {"views": "steps"}, {"layout": "plan"}])
+def test_an_oracle_scores_one_and_silence_nothing(options):
+    rows = sums(20)
+    pairs, tokenizer = pairs_of(rows, **options)
+    known = {
+        tuple(pairs.prompt(i)): pairs.view(i, 1)[pairs.asked[i] :] + pairs.view(i, 2)
+        for i in range(20)
+    }
+    for kind in ("number", "string"):
+        records = answer(Oracle(known), tokenizer, pairs, list(range(20)), 99, torch.no_grad, kind)
+        assert [r["target"] for r in records] == [row["answer"] for row in rows]
+        assert all(r["exact"] and r["prefix"] and r["stopped"] for r in records)
+        for r in answer(Oracle({}), tokenizer, pairs, [0, 7], 99, torch.no_grad, kind):
+            assert (r["output"], r["exact"], r["prefix"], r["stopped"]) == ("", False, False, True)
+    cut = answer(Oracle(known), tokenizer, pairs, [3], 4, torch.no_grad, "string")[0]
+    assert (cut["stop"], cut["stopped"], cut["exact"], cut["tokens"]) == ("length", False, False, 4)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tiny_run):
+    tiny_run()
+    return Path("out/tiny")
+
+
+def run(*args):
+    evaluate.main(["--device=cpu", "--dtype=float32", "--split=val", *args])
+
+
+def test_it_answers_every_question_and_goes_on_where_it_stopped(trained, capsys):
+    run("--batch_size=8")
+    path = trained / "generations-val.jsonl"
+    whole = path.read_text()
+    about, *records = map(json.loads, whole.splitlines())
+    results = json.loads((trained / "accuracy-val.json").read_text())
+    assert sorted(r["row"] for r in records) == list(range(20)) and results["n"] == 20
+    assert results["provenance"] == about and about["step"] == 6
+    for key in ("exact", "prefix", "stopped"):
+        share = sum(r[key] for r in records) / 20
+        low, high = results[f"{key}_95"]
+        assert results[key] == share and low <= share <= high
+
+    # As after a kill in the middle of a line: the answers so far are kept as they are.
+    lines = whole.splitlines(keepends=True)
+    path.write_text("".join(lines[:9]) + lines[9][:20])
+    capsys.readouterr()
+    run("--batch_size=8")
+    assert "holds 8 of 20 answers" in capsys.readouterr().out
+    again = path.read_text().splitlines(keepends=True)
+    assert again[1:9] == lines[1:9]
+    timeless = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in again[1:]]
+    assert timeless == [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+def test_answers_of_another_checkpoint_are_not_taken_for_its_own(trained, tiny_run, capsys):
+    run()
+    tiny_run(max_iters=3)
+    (trained / "generations-val.jsonl").write_text(
+        Path("out/earlier/tiny-1/generations-val.jsonl").read_text())
+    run()
+    assert "generations-val.jsonl holds" not in capsys.readouterr().out
+    assert json.loads((trained / "accuracy-val.json").read_text())["provenance"]["step"] == 3
+
+
+def test_runs_are_compared_on_the_same_rows(trained, tiny_run, capsys):
+    tiny_run(out_dir="out/other", seed=2)
+    capsys.readouterr()
+    run("out/tiny", "out/other", "--n=10")
+    out = capsys.readouterr().out
+    assert "other against tiny" in out and "McNemar p = 1" in out  # both know nothing
+    assert json.loads(Path("out/other/accuracy-val.json").read_text())["n"] == 10
+
+
+def test_a_file_of_pairs(trained, capsys):
+    rows = [*sums(5, 900), {"question": "Too long? " * 40, "answer": "#### 1"}]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--file=mine.jsonl", "--score=number")
+    results = json.loads((trained / "accuracy-mine.json").read_text())
+    assert (results["n"], results["left_out"]) == (6, 1)  # what was not answered is wrong
+
+
+def test_mistakes_are_one_line(trained, capsys):
+    assert "no test split" in error_line(capsys, evaluate.main, ["--device=cpu"])
+    assert "split=all" in error_line(capsys, run, "--split=all")
+    assert "score=bleu" in error_line(capsys, run, "--score=bleu")
+    assert "nowhere.jsonl" in error_line(capsys, run, "--file=nowhere.jsonl")
+    assert "no checkpoint" in error_line(capsys, run, "out/none")
+
+
+def test_training_logs_answers_when_asked(tiny_run):
+    tiny_run(eval_answers=10)
+    logged = [json.loads(line) for line in Path("out/tiny/metrics.jsonl").read_text().splitlines()]
+    evaluations = [r for r in logged if "val_ce" in r]
+    assert len(evaluations) == 2
+    assert all(0 <= r["val_exact"] <= r["val_prefix"] <= 1 for r in evaluations)
+    asked = torch.load("out/tiny/ckpt.pt")["model"]
+    tiny_run()  # asking changed nothing else
+    plain = torch.load("out/tiny/ckpt.pt")["model"]
+    assert all(torch.equal(asked[k], plain[k]) for k in plain)
