@@ -15,6 +15,7 @@ from conftest import error_line
 import data
 from config import Config
 from data import as_pair, load_data, load_rows, read_jsonl
+from regexes import depth
 from synthetic import word_problems
 from views import CODE, PRED, TARGET, TEXT, Pairs, code_view, tokenize
 
@@ -265,6 +266,28 @@ def test_validation_is_a_fixed_part_of_train_and_test_is_untouched(tmp_path, bpe
     assert not set(got["train"]) & set(got["val"])
     assert got["train"] == [q for q in asked if q in set(got["train"])]  # in the file's order
     assert got["val"] != [q for q in asked if q in set(got["val"])]  # the first n are a sample
+
+
+def test_a_subset_of_train_leaves_validation_as_it_is(tmp_path, bpe, capsys):
+    write_jsonl(tmp_path / "train.jsonl", word_problems("train", 120))
+    config = Config(data_dir=str(tmp_path), batch_size=8)
+    whole = {s: texts(p, bpe) for s, p in load_data(config, bpe).pairs.items()}
+    sizes = {}
+    for n in (10, 40):
+        loaded = load_data(replace(config, train_rows=n), bpe)
+        sizes[n] = texts(loaded.pairs["train"], bpe)
+        assert len(sizes[n]) == n == loaded.provenance["train_rows"]
+        assert texts(loaded.pairs["val"], bpe) == whole["val"]
+    assert set(sizes[10]) < set(sizes[40]) < set(whole["train"])  # the smaller lies in the larger
+    many = replace(config, train_rows=109)
+    assert "has 108 training rows" in error_line(capsys, load_data, many, bpe)
+
+
+def test_regexes_can_be_split_by_depth():
+    rows = data.load_rows(Config(dataset="regex", regex_split="depth"))[0]
+    deepest = {split: max(depth(row["code"]) for row in some) for split, some in rows.items()}
+    assert deepest["train"] == deepest["val"] == 2
+    assert {depth(row["code"]) for row in rows["test"]} == {3}
 
 
 def test_the_tokenizer_never_reads_held_out_text(tmp_path):

@@ -292,7 +292,7 @@ def test_resumed_equals_uninterrupted(tiny_run, monkeypatch, number, code, at):
     {"jepa_dropout": 0.5, "jepa_dropout_per": "example", "n_layer": 1},
 ])  # fmt: skip
 def test_the_operations_of_a_step_are_those_that_torch_counts(options, tiny_run):
-    config, pairs, model = setup(**options)
+    _, pairs, model = setup(**options)
     no_autocast = run.pick_device("cpu", "float32")[1]
     with FlopCounterMode(display=False) as counter:
         *_, flops = train.forward_backward(model, pairs, 1, CPU, no_autocast)
