@@ -18,7 +18,7 @@ from regexes import regex_pairs
 from relations import Facts, relation_facts
 from synthetic import word_problems
 from tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer, word_tokenizer
-from views import TARGET, Pairs, tokenize
+from views import Pairs, tokenize
 
 HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
 
@@ -265,9 +265,10 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
     print(f"data {name} from {source}: {counts} pairs; sha256 of train {digest['train'][:12]}")
     print(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} tokens, "
           f"train holds {pairs['train'].lengths[:, :2].sum():,}")
-    no_target = {s: int((p.lengths[:, TARGET - 1] == 0).sum()) for s, p in pairs.items()}
-    if any(no_target.values()):
-        print(f"without a second view, so without a JEPA term: {no_target}")
+    usable = {split: int(p.has_target(np.arange(len(p))).sum()) for split, p in pairs.items()}
+    if config.views == "steps" or any(usable[split] < len(p) for split, p in pairs.items()):
+        counts = ", ".join(f"{split} {usable[split]} of {len(p)}" for split, p in pairs.items())
+        print(f"with two views, so with a JEPA term: {counts}")
     if any(left_out.values()):
         print(f"left out as longer than block_size={config.block_size}: {left_out}")
     if len(pairs["train"]) < config.batch_size:

@@ -416,6 +416,17 @@ def test_labels_of_steps_are_the_whole_answer_and_end_of_text(kind, step_pair, b
         assert [*pairs.view(i, TEXT), *pairs.view(i, CODE)] == question + labels
 
 
+def test_examples_with_two_steps_are_counted(tmp_path, bpe, capsys):
+    rows = [*step_rows(30), *({"question": f"Why {i}?", "answer": "so\n#### 5"} for i in range(10))]
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = load_data(Config(dataset=str(path), **STEPS), bpe).pairs
+    n = {s: len([i for i in range(len(p)) if p.view(i, TARGET)]) for s, p in pairs.items()}
+    assert sum(n.values()) == 30 and len(pairs["train"]) == 36
+    line = f"with a JEPA term: train {n['train']} of 36, val {n['val']} of 4"
+    assert line in capsys.readouterr().out
+
+
 def test_examples_without_two_steps_train_cross_entropy_only(bpe):
     rows = [*step_rows(2), {"question": "Why?", "answer": "so\n#### 5"}]
     pairs = tokenized(rows, bpe, **STEPS, batch_size=3)
