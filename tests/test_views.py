@@ -589,7 +589,8 @@ def test_a_jsonl_file_is_a_data_set(tmp_path, capsys):
 
 def test_regexes_are_a_data_set_with_three_splits(monkeypatch, bpe):
     real = data.regex_pairs
-    monkeypatch.setattr(data, "regex_pairs", lambda split, n: real(split, n // 100))
+    monkeypatch.setattr(
+        data, "regex_pairs", lambda split, n, **options: real(split, n // 100, **options))
     loaded = load_data(Config(dataset="regex"), bpe)
     assert {s: len(p) for s, p in loaded.pairs.items()} == {"train": 80, "val": 5, "test": 10}
     row = real("train", 1)[0]
