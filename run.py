@@ -22,6 +22,20 @@ from tokenizer import Tokenizer, gpt2_tokenizer
 from views import Pairs, layout_of
 
 
+def join_processes(device: str) -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started; 0 and 1 without it. All but the first
+    print no more."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1:
+        on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+    return rank, world
+
+
 def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
     """The device, and a function that opens the autocast context for its dtype."""
     if device == "auto":

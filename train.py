@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.nn.functional
+from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, fail, load_config
 from data import Data, load_data
@@ -27,13 +29,14 @@ from run import (
     config_of,
     encode_pairs,
     exit_quietly,
+    join_processes,
     pick_device,
     read_checkpoint,
     read_metrics,
     save_checkpoint,
     versions,
 )
-from views import Pairs
+from views import Pairs, Rows
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -58,14 +61,16 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
 
 
 def forward_backward(
-    model: GPT, train: Pairs, step: int, device: torch.device, autocast, ema: GPT | None = None
+    model: GPT, train: Pairs, step: int, device: torch.device, autocast, ema: GPT | None = None,
+    forward=None, rank: int = 0, world: int = 1,
 ) -> tuple[dict[str, float], int, int]:
     """Accumulate the gradient of one step's loss; the loss's terms, the tokens and the floating-
     point operations it took.
 
-    `ema`, where there is one, encodes the targets.
-    """
-    config, layout = train.config, train.layout
+    `ema`, where there is one, encodes the targets. Of `world` processes, this is number `rank`: it
+    takes every world-th row, and `forward` is the model wrapped so that gradients are averaged.
+    """  # fmt: skip
+    config, layout, forward = train.config, train.layout, forward or model
     n_micro = config.gradient_accumulation_steps
     # At first JEPA's gradient is the larger one, and clipping would take that out of CE's.
     grown = min(1.0, step / config.jepa_warmup_iters) if config.jepa_warmup_iters else 1.0
@@ -76,44 +81,72 @@ def forward_backward(
     with_jepa = [train.with_jepa(rows, step, i) for i, rows in enumerate(examples)]
     blocks = layout.without_target() if apart else layout.row
     batches = [train.pack(rows, blocks, keep) for rows, keep in zip(examples, with_jepa)]
+    mine = slice(rank, None, world)
     # Mean over all labels and all JEPA examples of the step, not of a micro-batch: n_micro
     # micro-batches then give the gradient of one large batch, for both losses alike.
     n_labels = sum((rows.targets != -1).sum().item() for rows in batches)
     n_pairs = sum(keep.sum() for keep in with_jepa)  # examples that carry the JEPA term
-    n_tokens = sum((rows.block != PAD).sum().item() for rows in batches)
-    flops = sum(3 * model.flops(rows.block, rows.targets) for rows in batches)
+    n_tokens = flops = 0
     total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0, "loss": 0.0}
     for numbers, keep, rows in zip(examples, with_jepa, batches):
-        rows = rows.to(device)
+        rows = Rows(*(t[mine] for t in rows)).to(device)
+        n_tokens += (rows.block != PAD).sum().item()
+        flops += 3 * model.flops(rows.block, rows.targets)
         with autocast():
-            hidden, ce_sum = model(*rows)
+            hidden, ce_sum = forward(*rows)
         ce = ce_sum / n_labels
         jepa = regularizer = torch.zeros((), device=device)
         if keep.any():
+            # Terms that compare examples see those of all processes; each takes its share of them.
             kept = torch.from_numpy(keep).to(device)
-            pred = read_hidden(hidden, rows.block, layout.pred)[kept]  # (B, C)
+            pred = gather(read_hidden(hidden, rows.block, layout.pred), world)[kept]  # (B, C)
             if apart:  # after the other pass: autocast caches its weights
-                own = train.pack(numbers[keep], (layout.enc,)).to(device)
+                n_kept = keep.sum()
+                even = np.resize(numbers[keep], -(-n_kept // world) * world)  # repeats a few
+                own = train.pack(even[mine], (layout.enc,)).to(device)
                 n_tokens += (own.block != PAD).sum().item()
                 flops += model.flops(own.block)  # forward only
                 with torch.no_grad(), autocast():
                     hidden = (ema or model)(own.idx, own.block)[0]
-                target = read_hidden(hidden, own.block, layout.enc, config.pooling)
+                target = gather(read_hidden(hidden, own.block, layout.enc, config.pooling), world)
+                target = target[:n_kept]
             else:
-                target = read_hidden(hidden, rows.block, layout.enc, config.pooling)[kept]
-            share = float(keep.sum() / n_pairs)
+                target = read_hidden(hidden, rows.block, layout.enc, config.pooling)
+                target = gather(target, world)[kept]
+            share = float(keep.sum() / n_pairs) / world
             jepa = distance(pred, target, config.jepa_loss) * share
             if config.spread != "none" and len(pred) > 1:
                 regularizer = spread(pred, target, config.spread) * share
         loss = config.ce_weight * ce + grown * (
             config.jepa_weight * jepa + config.spread_weight * regularizer
         )
-        loss.backward()
+        (world * loss).backward()  # DistributedDataParallel takes the mean, we want the sum
         for name, value in zip(total, (ce, jepa, regularizer, loss)):
             total[name] += value.item()
+    if world > 1:
+        sums = torch.tensor([*total.values(), n_tokens, flops], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(sums)
+        *terms, n_tokens, flops = sums.tolist()
+        total, n_tokens, flops = dict(zip(total, terms)), int(n_tokens), int(flops)
     if not n_pairs:
         del total["jepa"], total["spread"]
     return total, n_tokens, flops
+
+
+def gather(x: torch.Tensor, world: int) -> torch.Tensor:
+    """Rows rank::world of every process, (B / world, C) -> all of them, (B, C), with gradient."""
+    if world == 1:
+        return x
+    return torch.stack(torch.distributed.nn.functional.all_gather(x.contiguous()), 1).flatten(0, 1)
+
+
+def agree(stop_signal: int, world: int, device: torch.device) -> int:
+    """The signal that any of the processes got, so that all stop at the same step."""
+    if world == 1:
+        return stop_signal
+    signals = torch.tensor(stop_signal, device=device)
+    torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX)
+    return int(signals)
 
 
 def main(argv: list[str]) -> None:
@@ -121,6 +154,9 @@ def main(argv: list[str]) -> None:
     config = load_config(argv)
     out_dir = Path(config.out_dir)
     resume = config.init_from == "resume"
+    rank, world = join_processes(config.device)
+    if config.batch_size % world:
+        fail(f"batch_size={config.batch_size} cannot be shared evenly by {world} processes")
     saved = read_checkpoint(out_dir / "ckpt.pt") if resume else None
     if resume:
         check_resume(config, config_of(saved, out_dir / "ckpt.pt"), out_dir)
@@ -152,23 +188,30 @@ def main(argv: list[str]) -> None:
         torch.set_rng_state(saved["rng"])
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"], device)
-    elif (out_dir / "ckpt.pt").exists():
+    elif rank == 0 and (out_dir / "ckpt.pt").exists():
         print(f"moved the earlier run to {set_aside(out_dir)}")
     if config.compile and device.type == "cuda":
         compile_or_not(model, data, device, autocast)
+    forward = model
+    if world > 1:  # [PRED] has no gradient in a step without JEPA
+        forward = DistributedDataParallel(model, find_unused_parameters=True)
+        if rank:  # the first process draws what a single one would; others their own dropout
+            torch.manual_seed(config.seed + rank + step * world)
 
     # --- the run's folder
     provenance = {"data": data.provenance, **versions(), "command": " ".join(argv)}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    about = {"config": asdict(config), "provenance": provenance, "parameters": n_parameters}
-    (out_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n")
     metrics_path = out_dir / "metrics.jsonl"
-    kept = [r for r in read_metrics(metrics_path) if r["step"] < step] if resume else []
-    metrics_path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    about = {"config": asdict(config), "provenance": provenance, "parameters": n_parameters}
+    if rank == 0:  # the only one that writes
+        out_dir.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_metrics(metrics_path) if r["step"] < step] if resume else []
+        (out_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+        metrics_path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def log(**record):
-        with open(metrics_path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        if rank == 0:
+            with open(metrics_path, "a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def save(name, **more):
         state = checkpoint_state(config, model, tokenizer, step=step, provenance=provenance, **more)
@@ -198,9 +241,12 @@ def main(argv: list[str]) -> None:
     print(f"ready after {time.time() - started:.1f} s")
     while True:
         last = step >= config.max_iters
+        stopping = agree(stop_signal, world, device)
 
         # once in a while: evaluate on the same held-out pairs, and save
-        if (step > 0 and step % config.eval_interval == 0) or last:
+        if rank:
+            pass  # the first process evaluates and saves, the others wait for its next step
+        elif (step > 0 and step % config.eval_interval == 0) or last:
             val_ce, pred, target = encode_pairs(
                 model, data.pairs["val"], config.eval_pairs, device, autocast
             )
@@ -226,11 +272,11 @@ def main(argv: list[str]) -> None:
                 save("best.pt")
             save_last()
             plot_losses(metrics_path, out_dir / "loss.png")
-        elif stop_signal:
+        elif stopping:
             save_last()
-        if stop_signal:
+        if stopping:
             print(f"saved {out_dir}/ckpt.pt at step {step}; --init_from=resume goes on from there")
-            raise SystemExit(128 + stop_signal)
+            raise SystemExit(128 + stopping)
         if last:
             break
 
@@ -239,7 +285,9 @@ def main(argv: list[str]) -> None:
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total, tokens, flops = forward_backward(model, train, step, device, autocast, ema)
+        total, tokens, flops = forward_backward(
+            model, train, step, device, autocast, ema, forward, rank, world
+        )
         tokens_seen, flops_seen = tokens_seen + tokens, flops_seen + flops
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), config.grad_clip or math.inf
@@ -272,6 +320,10 @@ def main(argv: list[str]) -> None:
                   f"{1e3 * took:.0f} ms | ETA {eta // 60:.0f}:{eta % 60:02.0f}", flush=True)
         step += 1
 
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank:
+        return
     print(f"done in {time.time() - started:.0f} s: {out_dir}/ckpt.pt; the pairs' embeddings are "
           f"{verdict(measures)}. Next: python sample.py, python eval_alignment.py")
 
