@@ -22,7 +22,7 @@ from sweep import Cell, train_cells
 
 RECIPE = "nlrx_jepa"
 BASE = dict(
-    train_rows=2000, system_prompt="drop", max_iters=1000, eval_interval=250, eval_answers=512,
+    train_rows=2000, system_prompt="drop", max_iters=1000, learning_rate=1e-3, eval_interval=250, eval_answers=512,
     eval_pairs=512, log_interval=50, spread="none", spread_weight=0.0,
 )  # fmt: skip
 CROSS = dict(spread="cross", spread_weight=0.6)
@@ -45,26 +45,27 @@ STAGES = {
     }.items()}),
     "coarse": ((0,), {  # seeds, arms
         "λ 0": dict(jepa_weight=0.0),
-        "λ 0, lr 1e-3": dict(jepa_weight=0.0, learning_rate=1e-3),
+        "λ 0, lr 2e-3": dict(jepa_weight=0.0, learning_rate=2e-3),
         "λ 0, lr 4e-3": dict(jepa_weight=0.0, learning_rate=4e-3),
+        "InfoNCE λ .05, lr 2e-3": dict(NCE, learning_rate=2e-3),
         "InfoNCE λ .05": NCE,
         "cosine λ .3, cross": dict(jepa_weight=0.3, **CROSS),
+        "λ 0, lr 5e-4": dict(jepa_weight=0.0, learning_rate=5e-4),
         "InfoNCE λ .2, LD .75": dict(NCE, jepa_weight=0.2, jepa_dropout=0.75),
-        "InfoNCE λ .05, lr 4e-3": dict(NCE, learning_rate=4e-3),
         "InfoNCE λ .05, stop_grad": dict(NCE, stop_grad=True),
         "InfoNCE λ .2": dict(NCE, jepa_weight=0.2),
-        "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
         "plan, λ 0": dict(layout="plan", jepa_weight=0.0),
         "plan, InfoNCE λ .05": dict(NCE, layout="plan"),
-        "cosine λ 1, stop_grad": dict(jepa_weight=1.0, jepa_warmup_iters=0, stop_grad=True),
+        "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
         "cosine λ .5, vicreg .1": dict(jepa_weight=0.5, spread="vicreg", spread_weight=0.1),
         "cosine λ .5, sigreg .02": dict(jepa_weight=0.5, spread="sigreg", spread_weight=0.02),
         "InfoNCE λ .05, k 4": dict(NCE, n_pred=4),
-        "InfoNCE λ .05, k 0": dict(NCE, n_pred=0),
         "λ 0, 1.5 x steps": dict(jepa_weight=0.0, max_iters=1500),
+        "cosine λ 1, stop_grad": dict(jepa_weight=1.0, jepa_warmup_iters=0, stop_grad=True),
         "cosine λ .3, cross, stop_grad": dict(jepa_weight=0.3, stop_grad=True, **CROSS),
         "InfoNCE λ .1, LD .5": dict(NCE, jepa_weight=0.1, jepa_dropout=0.5),
-        "InfoNCE λ .05, lr 1e-3": dict(NCE, learning_rate=1e-3),
+        "InfoNCE λ .05, k 0": dict(NCE, n_pred=0),
+        "InfoNCE λ .05, k 2": dict(NCE, n_pred=2),
     }),
 }  # fmt: skip
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
