@@ -22,8 +22,8 @@ from sweep import Cell, train_cells
 
 RECIPE = "nlrx_jepa"
 BASE = dict(
-    train_rows=2000, system_prompt="drop", max_iters=1000, learning_rate=1e-3, eval_interval=250, eval_answers=512,
-    eval_pairs=512, log_interval=50, spread="none", spread_weight=0.0,
+    train_rows=2000, system_prompt="drop", max_iters=1000, learning_rate=1e-3, eval_interval=250,
+    eval_answers=512, eval_pairs=512, log_interval=50, spread="none", spread_weight=0.0,
 )  # fmt: skip
 CROSS = dict(spread="cross", spread_weight=0.6)
 NCE = dict(jepa_loss="infonce", jepa_weight=0.05, jepa_warmup_iters=0)
