@@ -89,9 +89,10 @@ def forward_backward(
     n_tokens = flops = 0
     total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0, "loss": 0.0}
     for numbers, keep, rows in zip(examples, with_jepa, batches):
-        rows = Rows(*(t[mine] for t in rows)).to(device)
+        rows = Rows(*(t[mine] for t in rows))
         n_tokens += (rows.block != PAD).sum().item()
         flops += 3 * model.flops(rows.block, rows.targets)
+        rows = rows.to(device)
         with autocast():
             hidden, ce_sum = forward(*rows)
         ce = ce_sum / n_labels
@@ -103,9 +104,10 @@ def forward_backward(
             if apart:  # after the other pass: autocast caches its weights
                 n_kept = keep.sum()
                 even = np.resize(numbers[keep], -(-n_kept // world) * world)  # repeats a few
-                own = train.pack(even[mine], (layout.enc,)).to(device)
+                own = train.pack(even[mine], (layout.enc,))
                 n_tokens += (own.block != PAD).sum().item()
                 flops += model.flops(own.block)  # forward only
+                own = own.to(device)
                 with torch.no_grad(), autocast():
                     hidden = (ema or model)(own.idx, own.block)[0]
                 target = gather(read_hidden(hidden, own.block, layout.enc, config.pooling), world)
