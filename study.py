@@ -2,6 +2,7 @@
 
     python study.py coarse [--dataset=pairs.jsonl] [--jobs=2] [--key=value ...]
     python study.py final  [...]            the arms that are left, five seeds each
+    python study.py few | variants [...]    a quarter of the rows; every variant for a short run
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished. Compared are greedy exact match on 512 validation
@@ -67,6 +68,17 @@ STAGES = {
         "InfoNCE λ .05, k 0": dict(NCE, n_pred=0),
         "InfoNCE λ .05, k 2": dict(NCE, n_pred=2),
     }),
+    "final": (range(5), {
+        "λ 0": dict(jepa_weight=0.0),
+        "cosine λ .3, cross": dict(jepa_weight=0.3, **CROSS),
+        "InfoNCE λ .05": NCE,
+        "λ 0, equal compute": dict(jepa_weight=0.0, max_iters=1395),
+    }),
+    "few": (range(3), {
+        "500 rows, λ 0": dict(jepa_weight=0.0, train_rows=500),
+        "500 rows, cosine λ .3, cross": dict(jepa_weight=0.3, train_rows=500, **CROSS),
+        "500 rows, InfoNCE λ .05": dict(NCE, train_rows=500),
+    }),
 }  # fmt: skip
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
 PANEL = ("val_matched", "val_mismatched", "val_retrieval_at_1", "val_effective_rank")
@@ -92,7 +104,7 @@ def main(argv: list[str]) -> None:
     for arm in arms:
         curves = [evaluations(cells[arm, seed].folder) for seed in seeds]
         done = [c for c in curves if c and c[-1]["step"] == cells[arm, seeds[0]].config.max_iters]
-        if len(done) == len(seeds):
+        if len(done) == len(seeds):  # an arm counts when all its seeds are there
             results[arm] = {key: [[record[key] for record in curve] for curve in done]
                             for key in ("step", *CURVES, *PANEL)}  # fmt: skip
     if not results:
@@ -100,7 +112,7 @@ def main(argv: list[str]) -> None:
     lines = table(results)
     print("\n".join(lines))
     about = json.loads((cells[next(iter(results)), seeds[0]].folder / "config.json").read_text())
-    provenance = {"data": about["provenance"]["data"], "base": {**BASE, **given}, "seeds": seeds,
+    provenance = {"data": about["provenance"]["data"], "base": {**BASE, **given}, "seeds": [*seeds],
                   "recipe": RECIPE, **versions()}  # fmt: skip
     (folder / "results.json").write_text(
         json.dumps({"provenance": provenance, "arms": results, "options": arms}, indent=1) + "\n")
