@@ -95,6 +95,14 @@ def test_generation_and_data_report_every_arm(small):
     assert all(math.isfinite(n) and n > 0 for n in numbers(batches))
 
 
+def test_without_transformers_the_rest_runs_and_says_so(small, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "transformers", None)
+    parts = small("--parts=training,generation")["parts"]
+    assert not any(name.startswith("official") for name in parts["training"]["arms"])
+    assert "transformers" not in parts["generation"]["batches"]["16"]
+    assert capsys.readouterr().out.count(bench.NO_TRANSFORMERS) == 2
+
+
 def test_an_unknown_part_is_refused(small, capsys):
     line = error_line(capsys, small, "--parts=training,speed")
     assert "speed" in line and "profile" in line
