@@ -1,75 +1,559 @@
-"""What a JEPA step costs over a plain language-model step, on this machine.
+"""How fast is it, on this machine, and against what?
 
-    python bench.py [RECIPE] [--key=value ...]      for example: python bench.py gsm8k_jepa
+    python bench.py [RECIPE] [--key=value ...] [--parts=training,generation,data,profile]
 
-Alternates the arms in one process, on the same examples, so that a machine whose speed drifts
-slows all of them alike. Prints medians and the median of the paired ratios; writes out/bench.json.
+training    a JEPA step over a plain one; against nanoGPT's step and the official two-row one
+generation  against recomputing every token, and against transformers on the same weights
+data        from the file to the first batch, in a fresh process
+profile     where a step's time goes; the trunk's FLOP/s against the fastest matrix product here
+
+What is compared takes turns in one process, so that a machine whose speed drifts slows all alike;
+figures are medians over the rounds, ratios are taken within a round and carry their quartiles.
+Prints a table per part and writes out/bench.json. transformers, which only the comparisons with it
+need, is not in requirements.txt; without it they are left out.
 """
 
 import json
+import math
+import os
+import platform
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from config import load_config
-from data import load_data
-from model import GPT
+from config import Config, fail, load_config
+from data import Data, load_data
+from model import GPT, PAD
 from run import exit_quietly, pick_device, versions
 from train import forward_backward, make_optimizer
+from views import CODE, TEXT, Pairs
 
-ROUNDS = 15  # counted steps of each arm, after two that are not
+try:
+    import transformers
+except ImportError:
+    transformers = None
+NO_TRANSFORMERS = "transformers is not installed: left out what is compared with it"
+
+ROUNDS = 10  # of each comparison, after one that is not counted
+SLOW_ROUNDS = 5  # of generation, where a round takes a minute
+OFFICIAL_EXAMPLES = 4  # in a step of the official recipe: its logits of 16 would take 20 GB
+NEW_TOKENS = 128
 
 
 def main(argv: list[str]) -> None:
+    known = {"training": training, "generation": generation, "data": loading, "profile": profile}
+    if {"-h", "--help"} & set(argv):
+        print(f"--parts=a,b,...  of {', '.join(known)}; all by default. Beyond that, as train.py:")
+    wanted = [arg.removeprefix("--parts=") for arg in argv if arg.startswith("--parts=")]
+    parts = wanted[-1].split(",") if wanted else list(known)
+    if set(parts) - set(known):
+        fail(f"--parts={','.join(parts)}: the parts are {', '.join(known)}")
+    argv = [arg for arg in argv if not arg.startswith("--parts=")]
     config = load_config(argv)
     device, autocast = pick_device(config.device, config.dtype)
     data = load_data(config)
+    about = {"config": asdict(config), "data": data.provenance, **machine(device), **versions()}
+    print(f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, torch "
+          f"{about['torch']}, transformers {about['transformers']}, commit {about['commit']}")
+    results = {}
+    for part in parts:
+        results[part] = known[part](config, data, device, autocast, argv)
+        path = Path("out/bench.json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**about, "parts": results}, indent=1) + "\n")
+    print(f"\nwrote {path}")
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the figures depend on, beside the code."""
+    processor = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    return {
+        "processor": processor, "device": str(device), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "avx512_bf16": bool(features.get("avx512_bf16")),
+        "amx_bf16": bool(features.get("amx_bf16")),
+        "transformers": transformers.__version__ if transformers else "none",
+    }  # fmt: skip
+
+
+def dtype_of(autocast, device: torch.device) -> torch.dtype:
+    """What our matrix products run in."""
+    with autocast():
+        on = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if on else torch.float32
+
+
+# --- taking turns -----------------------------------------------------------------------------
+
+Arms = dict[str, Callable[[int], int]]  # name: a function of the round's step -> tokens it did
+
+
+def take_turns(arms: Arms, steps: list[int], device: torch.device) -> dict[str, np.ndarray]:
+    """(rounds, 2) for each arm: seconds and tokens. The first of the steps only warms up."""
+    seen = {name: [] for name in arms}
+    for step in steps:
+        for name, work in arms.items():
+            begin = time.perf_counter()
+            tokens = work(step)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seen[name].append((time.perf_counter() - begin, tokens))
+    return {name: np.array(rounds[1:]) for name, rounds in seen.items()}
+
+
+def spread_of(values) -> dict[str, float | list[float]]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(map(float, values), n=4, method="inclusive")
+    return {"median": median, "quartiles": [low, high]}
+
+
+def shown(ratio: dict) -> str:
+    return f"{ratio['median']:.2f} ({ratio['quartiles'][0]:.2f}-{ratio['quartiles'][1]:.2f})"
+
+
+def rate(rounds: np.ndarray) -> np.ndarray:
+    """Tokens per second of each round."""
+    return rounds[:, 1] / rounds[:, 0]
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def training(config: Config, data: Data, device, autocast, argv) -> dict:
     pairs = data.pairs["train"]
-    weight = config.jepa_weight or 1.0
-    arms = {
-        "CE only": dict(jepa_weight=0.0),
-        "JEPA, stop_grad": dict(jepa_weight=weight, jepa_dropout=0.0, stop_grad=True),
-        "JEPA, full gradient": dict(jepa_weight=weight, jepa_dropout=0.0, stop_grad=False),
+    V = data.tokenizer.vocab_size
+    half = replace(config, jepa_weight=config.jepa_weight or 1.0, jepa_dropout=0.5,
+                   jepa_dropout_per="batch", stop_grad=True)  # fmt: skip
+    variants = {
+        "CE only": replace(half, jepa_weight=0.0),
+        "JEPA": replace(half, jepa_dropout=0.0, stop_grad=False),
+        "JEPA, stop_grad": replace(half, jepa_dropout=0.0),
+        "JEPA, stop_grad, dropout .5": half,
     }
+    torch.manual_seed(config.seed)
+    model = GPT(config, V, pairs.layout.parents).to(device)
+    optimizer = make_optimizer(model, config)
+    n_tokens = 0  # of our plain row, so that nanoGPT's steps can be made as large
+
+    def ours(variant):
+        def step(number):
+            nonlocal n_tokens
+            pairs.config = variant
+            _, n = forward_backward(model, pairs, number, device, autocast)
+            update(model, optimizer, config)
+            n_tokens = n if variant is variants["CE only"] else n_tokens
+            return n
+
+        return step
+
+    plain = PlainGPT(replace(config, n_pred=0), V, (None,)).to(device)
+    plain_optimizer = make_optimizer(plain, config)
+    stream = torch.from_numpy(pairs.tokens.astype(np.int64))
+
+    def nanogpt(dtype):
+        def step(number):
+            T = config.block_size
+            rng = torch.Generator().manual_seed(number)
+            at = torch.randint(len(stream) - T, (max(1, round(n_tokens / T)),), generator=rng)
+            idx, targets = (
+                torch.stack([stream[i + shift : i + shift + T] for i in at]).to(device)
+                for shift in (0, 1)
+            )
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = plain(idx, targets)
+            loss.backward()
+            update(plain, plain_optimizer, config)
+            return idx.numel()
+
+        return step
+
+    arms: Arms = {name: ours(variant) for name, variant in variants.items()}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for name, dtype in dtypes.items():
+        arms[f"nanoGPT, {name}"] = nanogpt(dtype)
+    if transformers:
+        official = empty_gpt2(config, V + config.n_pred).to(device).train()
+        official_optimizer = make_optimizer(official, config)
+        for name, dtype in dtypes.items():
+            arms[f"official two rows, {name}"] = official_step(
+                official, official_optimizer, pairs, variants["JEPA"], device, dtype
+            )
+
+    # Every other step carries JEPA under dropout .5, as half of all steps do.
+    pairs.config = half
+    carry, spare = [], []
+    for step in range(100):
+        (carry if pairs.with_jepa(pairs.batch(step), step, 0).any() else spare).append(step)
+    steps = [step for both in zip(carry, spare) for step in both]
+    rounds = take_turns(arms, [steps[-1], *steps[:ROUNDS]], device)
+    pairs.config = config
+
+    # nanoGPT has a label at every token, our rows at the answer's only: part of the difference.
+    lengths = pairs.lengths[np.concatenate([pairs.batch(step) for step in steps[:ROUNDS]])]
+    answers = lengths[:, CODE - 1].sum() / lengths[:, [TEXT - 1, CODE - 1]].sum()
+    results = {"rounds": ROUNDS, "share_of_answers": float(answers), "arms": {}, "ratios": {}}
+    base = rounds["CE only"][:, 0]
+    print(f"\ntraining, real (unpadded) tokens, {answers:.0%} of our plain row's in the answer")
+    print(f"{'':<30}{'ms a step':>10}{'tokens/s':>10}"
+          f"{'step over CE only':>22}")
+    for name, seen in rounds.items():
+        seconds, over = seen[:, 0], None
+        if name in variants:
+            over = seconds / base
+            if name.endswith("dropout .5"):  # a step with JEPA and one without are one value
+                seconds = seconds.reshape(-1, 2).mean(1)
+                over = seconds / base.reshape(-1, 2).mean(1)
+            over = spread_of(over)
+        tokens_per_second = spread_of(rate(seen))
+        results["arms"][name] = {"ms": 1e3 * statistics.median(seconds), "over_ce_only": over,
+                                 "tokens_per_second": tokens_per_second}  # fmt: skip
+        print(f"{name:<30}{results['arms'][name]['ms']:>10,.0f}"
+              f"{tokens_per_second['median']:>10,.0f}{shown(over) if over else '':>22}")
+    for name in rounds:
+        ours_is = "CE only" if name.startswith("nanoGPT") else "JEPA"
+        if name not in variants:
+            ratio = spread_of(rate(rounds[ours_is]) / rate(rounds[name]))
+            results["ratios"][f"{ours_is} over {name}"] = ratio
+            print(f"{ours_is} has {shown(ratio)} times the tokens/s of {name}")
+    if not transformers:
+        print(NO_TRANSFORMERS)
+    return results
+
+
+def update(model: torch.nn.Module, optimizer, config: Config) -> None:
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+class PlainGPT(GPT):
+    """The same GPT as nanoGPT runs it: full causal windows through torch's fused attention, logits
+    and F.cross_entropy at every position, the mean over them."""
+
+    def forward(self, idx, targets):
+        B, T = idx.shape
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(T, device=idx.device)))
+        for layer in self.h:
+            attn = layer.attn
+            q, k, v = attn.c_attn(layer.ln_1(x)).split(x.size(-1), dim=-1)
+            q, k, v = (t.view(B, T, attn.n_head, -1).transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+            y = y.transpose(1, 2).contiguous().view(B, T, -1)
+            x = x + attn.dropout(attn.c_proj(y))
+            x = x + layer.mlp(layer.ln_2(x))
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+
+def empty_gpt2(config: Config, vocab_size: int):
+    """transformers' GPT-2 of our size and with our GELU, without dropout."""
+    sizes = transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+        n_layer=config.n_layer, n_head=config.n_head, activation_function="gelu",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(sizes)
+
+
+def official_step(model, optimizer, pairs: Pairs, config: Config, device, dtype):
+    """A step of the official recipe: per example a row [q a], with labels, and a row [q P | a],
+    whose halves an additive mask keeps apart, in one batch; padded to block_size; logits
+    everywhere; the gradient through both views. Its tokens are those that our row needs."""
+    T, k, V = config.block_size, config.n_pred, pairs.vocab_size
+
+    def step(number):
+        pairs.config = config
+        rows = pairs.batch(number)
+        rows = rows[pairs.lengths[rows][:, [TEXT - 1, CODE - 1]].sum(1) + k <= T]
+        rows = rows[:OFFICIAL_EXAMPLES]
+        B = len(rows)
+        n_tokens = (pairs.pack(rows, pairs.layout.row).block != PAD).sum().item()
+        idx = torch.zeros(2 * B, T, dtype=torch.long)
+        labels = torch.full((2 * B, T), -100)
+        mask = torch.full((2 * B, 1, T, T), -math.inf).triu(1)
+        pred_at, enc_at = torch.empty(B, dtype=torch.long), torch.empty(B, dtype=torch.long)
+        for i, row in enumerate(rows):
+            q, a = pairs.view(row, TEXT), pairs.view(row, CODE)
+            both = torch.tensor(q + a)
+            idx[i, : len(both)] = both
+            labels[i, len(q) : len(both)] = both[len(q) :]
+            q = q + [V + j for j in range(k)]
+            idx[B + i, : len(q) + len(a)] = torch.tensor(q + a)
+            mask[B + i, 0, len(q) :, : len(q)] = -math.inf
+            pred_at[i], enc_at[i] = len(q) - 1, len(q) + len(a) - 1
+        idx, labels, mask = idx.to(device), labels.to(device), mask.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = model(input_ids=idx, attention_mask=mask, labels=labels,
+                        output_hidden_states=True, use_cache=False)
+        hidden, at = out.hidden_states[-1], torch.arange(B, 2 * B)
+        cosine = F.cosine_similarity(hidden[at, pred_at].float(), hidden[at, enc_at].float())
+        (out.loss + config.jepa_weight * (1 - cosine).mean()).backward()
+        update(model, optimizer, config)
+        return n_tokens
+
+    return step
+
+
+# --- generation -------------------------------------------------------------------------------
+
+
+def generation(config: Config, data: Data, device, autocast, argv) -> dict:
+    """Greedy, on untrained weights that never say end of text, so that all rows run to the end."""
+    eot, held_out = data.tokenizer.eot, data.pairs["val"]
+    room = config.block_size - NEW_TOKENS
+    torch.manual_seed(config.seed)
+    model = GPT(config, data.tokenizer.vocab_size, held_out.layout.parents).to(device).eval()
+    with torch.no_grad():
+        model.wte.weight[eot] = 0
+    prompts = [held_out.view(row, TEXT) for row in range(len(held_out))]
+    prompts = [prompt for prompt in prompts if len(prompt) <= room]
+    if len(prompts) < 64:
+        fail(f"generation needs 64 held-out questions of at most {room} tokens (block_size less "
+             f"{NEW_TOKENS}), got {len(prompts)}; leave it out with --parts=training,data,profile")
+    if transformers:
+        theirs = as_transformers(model, config).to(dtype_of(autocast, device))
+
+    def ours(B, new_tokens=NEW_TOKENS, **options):
+        with autocast():
+            rows = model.generate(prompts[:B], new_tokens, eot, temperature=0, **options)
+        assert all(len(row) == new_tokens for row in rows)
+        return B * new_tokens
+
+    def uncached(B):
+        """Every eighth token, each the whole pass that it takes: all would be minutes."""
+        seen = range(4, NEW_TOKENS, 8)
+        for t in seen:
+            longer = [prompt + prompt[-1:] * t for prompt in prompts[:B]]
+            with autocast():
+                model.generate(longer, 1, eot, temperature=0, cached=False)
+        return B * len(seen)
+
+    results = {"rounds": SLOW_ROUNDS, "new_tokens": NEW_TOKENS, "batches": {}}
+    print(f"\ngeneration, {NEW_TOKENS} new tokens a row, greedy, prompts of "
+          f"{min(map(len, prompts[:64]))} to {max(map(len, prompts[:64]))} tokens\n"
+          f"{'batch':>5}  {'':<16}{'ms a step':>12}{'tokens/s':>10}{'ours is faster by':>22}")
+    for B in (1, 16, 64):
+        arms: Arms = {"ours": lambda _, B=B: ours(B)}
+        if B != 16:
+            arms["without a cache"] = lambda _, B=B: uncached(B)
+        if transformers:
+            arms["transformers"] = lambda _, B=B: generate_theirs(
+                theirs, prompts[:B], NEW_TOKENS, eot).numel()
+        rounds = take_turns(arms, list(range(SLOW_ROUNDS + 1)), device)
+        results["batches"][B] = {}
+        for name, seen in rounds.items():
+            rates = spread_of(rate(seen))
+            faster = None if name == "ours" else spread_of(rate(rounds["ours"]) / rate(seen))
+            results["batches"][B][name] = {"tokens_per_second": rates, "ours_is_faster_by": faster}
+            print(f"{B:>5}  {name:<16}{1e3 * B / rates['median']:>12.1f}{rates['median']:>10,.0f}"
+                  f"{shown(faster) if faster else '':>22}")
+    if not transformers:
+        print(NO_TRANSFORMERS)
+    return results
+
+
+def as_transformers(model: GPT, config: Config):
+    """Our weights as transformers' GPT-2, float32."""
+    theirs = empty_gpt2(config, model.vocab_size).eval()
+    weights = model.state_dict()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            name = name.removeprefix("transformer.")
+            if name not in weights:  # a bias that ours does without
+                p.zero_()
+            elif name.startswith("h.") and p.dim() == 2:  # theirs is (in, out)
+                p.copy_(weights[name].T)
+            else:
+                p.copy_(weights[name])
+    return theirs.to(model.wte.weight.device)
+
+
+def generate_theirs(theirs, prompts: list[list[int]], new_tokens: int, eot: int) -> torch.Tensor:
+    """(B, new_tokens) greedy continuations by transformers, prompts padded on the left."""
+    width = max(map(len, prompts))
+    idx = torch.tensor([[eot] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = theirs.generate(
+        input_ids=idx.to(theirs.device), attention_mask=mask.to(theirs.device),
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=eot,
+    )  # fmt: skip
+    assert out.shape == (len(prompts), width + new_tokens)
+    return out[:, width:]
+
+
+# --- data -------------------------------------------------------------------------------------
+
+# What a fresh process does until it has a batch, twice.
+FRESH = """
+import json, resource, sys, time
+start = time.perf_counter()
+from config import load_config
+from data import load_data
+imported = time.perf_counter()
+config = load_config(sys.argv[1:])
+seconds = [imported - start]
+for _ in range(2):
+    begin = time.perf_counter()
+    train = load_data(config).pairs["train"]
+    train.pack(train.batch(0), train.layout.row)
+    seconds.append(time.perf_counter() - begin)
+print(json.dumps([*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+def loading(config: Config, data: Data, device, autocast, argv) -> dict:
+    """From the file to the first batch, in fresh processes: with the files dropped from the
+    system's memory first, and with them in it."""
+    source = Path(data.provenance["source"])
+    files = [source] if source.is_file() else sorted(source.glob("*.jsonl"))
+    here = str(Path(__file__).resolve().parent)
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    seen = {"files not in memory": [], "files in memory": []}
+    for number in range(SLOW_ROUNDS + 1):
+        for name, rounds in seen.items():
+            if name == "files not in memory" and hasattr(os, "posix_fadvise"):
+                for file in files:
+                    with open(file, "rb") as f:
+                        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            begin = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", FRESH, *argv], capture_output=True,
+                                  text=True, env={**os.environ, "PYTHONPATH": path})
+            wall = time.perf_counter() - begin
+            if done.returncode:
+                fail(f"a fresh process could not load the data: {done.stderr.strip()[-200:]}")
+            imports, first, again, peak = json.loads(done.stdout.splitlines()[-1])
+            megabytes = peak / (1e6 if sys.platform == "darwin" else 1e3)
+            if number:
+                rounds.append((wall - again, imports, first, again, megabytes))
+    columns = ("process to batch, s", "imports, s", "file to batch, s", "once more, s", "peak, MB")
+    print(f"\ndata {data.provenance['dataset']}, {len(data.pairs['train'])} training pairs, fresh "
+          f"processes\n{'':<22}" + "".join(f"{c:>21}" for c in columns))
+    results = {"rounds": SLOW_ROUNDS}
+    for name, rounds in seen.items():
+        results[name] = {c: spread_of(values) for c, values in zip(columns, zip(*rounds))}
+        print(f"{name:<22}" + "".join(f"{v['median']:>21,.2f}" for v in results[name].values()))
+    return results
+
+
+# --- profile ----------------------------------------------------------------------------------
+
+
+def profile(config: Config, data: Data, device, autocast, argv) -> dict:
+    """Seconds of a step's parts, by hooks on the model in the step that train.py runs."""
+    pairs = data.pairs["train"]
     torch.manual_seed(config.seed)
     model = GPT(config, data.tokenizer.vocab_size, pairs.layout.parents).to(device)
     optimizer = make_optimizer(model, config)
-    seconds = {arm: [] for arm in arms}
-    tokens = dict.fromkeys(arms, 0)
-    for step in range(ROUNDS + 2):
-        for arm, options in arms.items():
-            pairs.config = replace(config, **options)
-            begin = time.perf_counter()
-            _, n, _ = forward_backward(model, pairs, step, device, autocast)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if step >= 2:
-                seconds[arm].append(time.perf_counter() - begin)
-                tokens[arm] += n
+    stamps = []
 
-    print(f"\n{'arm':<22}{'ms a step':>10}{'tokens/s':>10}{'over CE only':>22}")
-    results = {}
-    for arm, times in seconds.items():
-        ratios = sorted(a / b for a, b in zip(times, seconds["CE only"]))
-        low, ratio, high = ratios[ROUNDS // 4], statistics.median(ratios), ratios[-ROUNDS // 4]
-        results[arm] = {
-            "ms": 1e3 * statistics.median(times), "tokens_per_second": tokens[arm] / sum(times),
-            "ratio": ratio, "ratio_quartiles": [low, high],
+    def stamp(*_):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        stamps.append(time.perf_counter())
+
+    def at_output_layer(module, inputs):
+        stamp()
+        if inputs[0].requires_grad:  # called once its gradient, and the layer's weights', is done
+            inputs[0].register_hook(stamp)
+
+    model.register_forward_pre_hook(stamp)
+    model.register_forward_hook(stamp)
+    model.lm_head.register_forward_pre_hook(at_output_layer)
+    phases = ("data", "trunk, forward", "output layer and loss, forward",
+              "output layer and loss, backward", "trunk, backward", "clipping and optimizer")
+
+    # One batch packed into one row per example, or hooks would see two passes.
+    arms = {"CE only": dict(jepa_weight=0.0),
+            "JEPA": dict(jepa_weight=config.jepa_weight or 1.0, jepa_dropout=0.0, stop_grad=False,
+                         ema=0.0)}  # fmt: skip
+    arms = {name: replace(config, gradient_accumulation_steps=1, **o) for name, o in arms.items()}
+    dtype = dtype_of(autocast, device)
+    ceilings = {n: torch.randn(2, n, n, device=device).to(dtype).unbind() for n in (1024, 2048)}
+    seen = {name: [] for name in arms}
+    ceiling = []
+    for number in range(ROUNDS + 1):
+        for name, variant in arms.items():
+            pairs.config = variant
+            stamps.clear()
+            stamp()
+            forward_backward(model, pairs, number % 3, device, autocast)
+            stamp()
+            update(model, optimizer, config)
+            stamp()
+            seen[name].append(np.diff(stamps))
+        best = 0.0
+        for n, (a, b) in ceilings.items():
+            for _ in range(3):
+                stamps.clear()
+                stamp()
+                a @ b
+                stamp()
+                best = max(best, 2 * n**3 / (stamps[1] - stamps[0]))
+        ceiling.append(best)
+
+    results = {"rounds": ROUNDS, "ceiling_flops_per_second": spread_of(ceiling[1:]),
+               "ceiling_dtype": str(dtype), "arms": {}}  # fmt: skip
+    for name, variant in arms.items():
+        pairs.config = variant
+        seconds = np.array(seen[name][1:])  # (rounds, phases)
+        assert seconds.shape[1] == len(phases)
+        trunk_flops = [count_flops(model, pairs, step, device, autocast) for step in range(3)]
+        trunk_flops = np.array(trunk_flops)[np.arange(1, ROUNDS + 1) % 3]
+        speed = trunk_flops / seconds[:, [1, 4]].sum(1)
+        blocks = pairs.layout.row if name == "JEPA" else pairs.layout.plain
+        batches = [pairs.pack(pairs.batch(i), blocks, name == "JEPA").block
+                   for i in range(len(pairs) // config.batch_size)]
+        padding = sum((b == PAD).sum().item() for b in batches) / sum(b.numel() for b in batches)
+        results["arms"][name] = {
+            "seconds": {p: spread_of(s) for p, s in zip(phases, seconds.T)},
+            "share": {p: spread_of(s) for p, s in zip(phases, (seconds.T / seconds.sum(1)))},
+            "padding": padding, "trunk_flops_per_second": spread_of(speed),
+            "trunk_over_ceiling": spread_of(speed / np.array(ceiling[1:])),
         }  # fmt: skip
-        print(f"{arm:<22}{results[arm]['ms']:>10.0f}{results[arm]['tokens_per_second']:>10,.0f}"
-              f"{ratio:>10.2f} ({low:.2f}-{high:.2f})")
-    path = Path("out/bench.json")
-    path.parent.mkdir(exist_ok=True)
-    about = {"config": asdict(config), "data": data.provenance, "device": str(device),
-             "threads": torch.get_num_threads(), "rounds": ROUNDS, **versions()}
-    path.write_text(json.dumps({**about, "arms": results}, indent=1) + "\n")
-    print(f"wrote {path}")
+    pairs.config = config
+    print(f"\nwhere a step's time goes, ms (share)\n{'':<34}"
+          + "".join(f"{name:>18}" for name in arms))
+    for phase in phases:
+        cells = [f"{1e3 * a['seconds'][phase]['median']:,.0f} ({a['share'][phase]['median']:.1%})"
+                 for a in results["arms"].values()]
+        print(f"{phase:<34}" + "".join(f"{cell:>18}" for cell in cells))
+    for title, cell in (
+        ("padding, over an epoch", lambda a: f"{a['padding']:.1%}"),
+        ("trunk, GFLOP/s", lambda a: f"{a['trunk_flops_per_second']['median'] / 1e9:,.0f}"),
+        ("of the fastest matrix product", lambda a: shown(a["trunk_over_ceiling"])),
+    ):
+        print(f"{title:<34}" + "".join(f"{cell(a):>18}" for a in results["arms"].values()))
+    print(f"fastest matrix product, {dtype}: {statistics.median(ceiling[1:]) / 1e9:,.0f} GFLOP/s")
+    return results
+
+
+def count_flops(model: GPT, pairs: Pairs, step: int, device, autocast) -> int:
+    """Of the trunk's matrix products in that step, forward and backward: all less the output
+    layer's. Its three products cost 2 C V FLOP a label each."""
+    labels = []
+    hook = model.lm_head.register_forward_pre_hook(
+        lambda _, inputs: labels.append(inputs[0].numel()))
+    with FlopCounterMode(display=False) as counter:
+        forward_backward(model, pairs, step, device, autocast)
+    hook.remove()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() - 3 * 2 * sum(labels) * model.vocab_size
 
 
 if __name__ == "__main__":

@@ -381,6 +381,38 @@ def test_cached_generation_equals_uncached(options):
     assert len({tuple(row) for row in cached}) == len(PROMPTS)  # each prompt its own text
 
 
+@pytest.mark.parametrize("grow", [1, 3, 32])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_rows_that_finish_and_leave_change_no_other(temperature, grow, monkeypatch):
+    """Uncached, every row stays to the end. The cached batch shrinks and its caches grow."""
+    monkeypatch.setattr(model_module, "GROW", grow)
+    gpt, batches = make_gpt(block_size=64), []
+    prompts = [[i, 1, *range(i % 5)] for i in range(24)]
+    expected = gpt.generate(prompts, 50, 7, temperature=temperature, cached=False)
+    gpt.ln_f.register_forward_hook(lambda module, inputs, output: batches.append(len(output)))
+    assert gpt.generate(prompts, 50, 7, temperature=temperature) == expected
+    if temperature:  # at temperature 0 this model never stops
+        assert len({len(row) for row in expected}) > 5
+        assert batches[0] == 24 > batches[-1] and batches == sorted(batches, reverse=True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_weights_compute_the_same_and_are_gone_afterwards(bias):
+    gpt = make_gpt(bias=bias).float()
+    x = torch.randn(3, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = gpt.h[0].mlp(x), gpt.lm_head(x)
+        with model_module.packed_weights(gpt):
+            packed = gpt.h[0].mlp(x), gpt.lm_head(x)
+            used = "forward" in vars(gpt.lm_head)
+    torch.testing.assert_close(packed, expected, rtol=2**-6, atol=2**-6)
+    supported = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    assert used == (supported and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert not any("forward" in vars(module) for module in gpt.modules())
+    with model_module.packed_weights(gpt):  # float32 is left alone
+        assert "forward" not in vars(gpt.lm_head)
+
+
 def test_greedy_generation_is_the_argmax_of_a_plain_gpt():
     gpt = make_talker()
     gpt_with_bias = make_gpt(bias=True)  # the reference reads biases; these are all 0

@@ -1,0 +1,108 @@
+"""Claims about bench.py: what it compares with is what it says, and every part runs."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY, error_line, sums
+
+import bench
+import data
+from config import Config
+from model import GPT
+
+V = 64
+SIZES = Config(n_layer=2, n_head=2, n_embd=32, block_size=32, n_pred=0)
+
+
+def test_plain_gpt_is_our_gpt_with_a_label_everywhere():
+    """So what bench.py measures against computes the same loss, by other means."""
+    plain, gpt = bench.PlainGPT(SIZES, V, (None,)), GPT(SIZES, V, (None, None))
+    gpt.load_state_dict(plain.state_dict())
+    idx, targets = torch.randint(V, (2, 3, 32))
+    loss = plain(idx, targets)
+    ours = gpt(idx, torch.ones_like(idx), targets)[1] / targets.numel()
+    torch.testing.assert_close(loss, ours)
+    grads = torch.autograd.grad(loss, list(plain.parameters()))
+    for got, want in zip(grads, torch.autograd.grad(ours, list(gpt.parameters()))):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
+def test_transformers_gets_our_weights_and_gives_our_answers():
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    gpt = GPT(SIZES, V, (None, None)).eval()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            if p.dim() == 2:
+                p.mul_(8)  # strong opinions, so that rounding decides nothing
+        gpt.wte.weight[V - 1] = 0  # practically never said: no row stops early
+    prompts = [[5, 9, 2, 40, 13], [21], [8, 30, 12]]
+    theirs = bench.as_transformers(gpt, SIZES)
+    idx = torch.arange(20)[None]
+    logits = gpt.lm_head(gpt.hidden(idx, torch.ones_like(idx)))
+    torch.testing.assert_close(theirs(idx).logits, logits, rtol=1e-3, atol=1e-3)
+    rows = bench.generate_theirs(theirs, prompts, 12, V - 1)
+    assert rows.tolist() == gpt.generate(prompts, 12, V - 1, temperature=0)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """bench.main on 200 sums with a tiny model; what it wrote."""
+    monkeypatch.chdir(tmp_path)
+    rows = {"train": sums(200), "val": sums(70, 500)}
+    monkeypatch.setattr(data, "load_rows", lambda config: (dict(rows), "sums", "test"))
+    for name, value in (("ROUNDS", 4), ("SLOW_ROUNDS", 2), ("NEW_TOKENS", 16)):
+        monkeypatch.setattr(bench, name, value)
+
+    def run(*argv):
+        bench.main([*TINY, *argv])
+        return json.loads((tmp_path / "out/bench.json").read_text())
+
+    return run
+
+
+def numbers(tree):
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        return [n for branch in tree for n in numbers(branch)]
+    return [tree] if isinstance(tree, (int, float)) else []
+
+
+def test_training_and_profile_report_every_arm(small, capsys):
+    results = small("--parts=training,profile", "--jepa_weight=0")
+    arms = results["parts"]["training"]["arms"]
+    assert {"CE only", "JEPA", "JEPA, stop_grad", "nanoGPT, fp32", "nanoGPT, bf16"} <= set(arms)
+    assert ("official two rows, fp32" in arms) == bool(bench.transformers)
+    assert arms["CE only"]["over_ce_only"]["median"] == 1
+    profile = results["parts"]["profile"]["arms"]
+    for arm in profile.values():
+        assert sum(s["median"] for s in arm["share"].values()) == pytest.approx(1, abs=0.2)
+        assert 0 <= arm["padding"] < 0.5
+    assert "generation" not in results["parts"]
+    for part in ("training", "profile"):
+        assert all(math.isfinite(n) and n >= 0 for n in numbers(results["parts"][part]))
+    assert results["data"]["train_sha256"] and results["processor"] and results["threads"] == 1
+    assert "trunk, forward" in capsys.readouterr().out
+
+
+def test_generation_and_data_report_every_arm(small):
+    results = small("--parts=generation")
+    batches = results["parts"]["generation"]["batches"]
+    assert set(batches) == {"1", "16", "64"} and "without a cache" in batches["64"]
+    assert all(math.isfinite(n) and n > 0 for n in numbers(batches))
+
+
+def test_without_transformers_the_rest_runs_and_says_so(small, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "transformers", None)
+    parts = small("--parts=training,generation")["parts"]
+    assert not any(name.startswith("official") for name in parts["training"]["arms"])
+    assert "transformers" not in parts["generation"]["batches"]["16"]
+    assert capsys.readouterr().out.count(bench.NO_TRANSFORMERS) == 2
+
+
+def test_an_unknown_part_is_refused(small, capsys):
+    line = error_line(capsys, small, "--parts=training,speed")
+    assert "speed" in line and "profile" in line
