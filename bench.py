@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, fail, load_config
 from data import Data, load_data
@@ -155,7 +154,7 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
         def step(number):
             nonlocal n_tokens
             pairs.config = variant
-            _, n = forward_backward(model, pairs, number, device, autocast)
+            _, n, _ = forward_backward(model, pairs, number, device, autocast)
             update(model, optimizer, config)
             n_tokens = n if variant is variants["CE only"] else n_tokens
             return n
@@ -460,7 +459,7 @@ def profile(config: Config, data: Data, device, autocast, argv) -> dict:
     torch.manual_seed(config.seed)
     model = GPT(config, data.tokenizer.vocab_size, pairs.layout.parents).to(device)
     optimizer = make_optimizer(model, config)
-    stamps = []
+    stamps, n_labels = [], 0
 
     def stamp(*_):
         if device.type == "cuda":
@@ -468,7 +467,9 @@ def profile(config: Config, data: Data, device, autocast, argv) -> dict:
         stamps.append(time.perf_counter())
 
     def at_output_layer(module, inputs):
+        nonlocal n_labels
         stamp()
+        n_labels = len(inputs[0])
         if inputs[0].requires_grad:  # called once its gradient, and the layer's weights', is done
             inputs[0].register_hook(stamp)
 
@@ -485,18 +486,20 @@ def profile(config: Config, data: Data, device, autocast, argv) -> dict:
     arms = {name: replace(config, gradient_accumulation_steps=1, **o) for name, o in arms.items()}
     dtype = dtype_of(autocast, device)
     ceilings = {n: torch.randn(2, n, n, device=device).to(dtype).unbind() for n in (1024, 2048)}
-    seen = {name: [] for name in arms}
+    seen, trunk_flops = {name: [] for name in arms}, {name: [] for name in arms}
     ceiling = []
     for number in range(ROUNDS + 1):
         for name, variant in arms.items():
             pairs.config = variant
             stamps.clear()
             stamp()
-            forward_backward(model, pairs, number % 3, device, autocast)
+            *_, flops = forward_backward(model, pairs, number, device, autocast)
             stamp()
             update(model, optimizer, config)
             stamp()
             seen[name].append(np.diff(stamps))
+            # The output layer: three products of 2 C V operations a label.
+            trunk_flops[name].append(flops - 6 * model.lm_head.weight.numel() * n_labels)
         best = 0.0
         for n, (a, b) in ceilings.items():
             for _ in range(3):
@@ -513,9 +516,7 @@ def profile(config: Config, data: Data, device, autocast, argv) -> dict:
         pairs.config = variant
         seconds = np.array(seen[name][1:])  # (rounds, phases)
         assert seconds.shape[1] == len(phases)
-        trunk_flops = [count_flops(model, pairs, step, device, autocast) for step in range(3)]
-        trunk_flops = np.array(trunk_flops)[np.arange(1, ROUNDS + 1) % 3]
-        speed = trunk_flops / seconds[:, [1, 4]].sum(1)
+        speed = np.array(trunk_flops[name][1:]) / seconds[:, [1, 4]].sum(1)
         blocks = pairs.layout.row if name == "JEPA" else pairs.layout.plain
         batches = [pairs.pack(pairs.batch(i), blocks, name == "JEPA").block
                    for i in range(len(pairs) // config.batch_size)]
@@ -541,19 +542,6 @@ def profile(config: Config, data: Data, device, autocast, argv) -> dict:
         print(f"{title:<34}" + "".join(f"{cell(a):>18}" for a in results["arms"].values()))
     print(f"fastest matrix product, {dtype}: {statistics.median(ceiling[1:]) / 1e9:,.0f} GFLOP/s")
     return results
-
-
-def count_flops(model: GPT, pairs: Pairs, step: int, device, autocast) -> int:
-    """Of the trunk's matrix products in that step, forward and backward: all less the output
-    layer's. Its three products cost 2 C V FLOP a label each."""
-    labels = []
-    hook = model.lm_head.register_forward_pre_hook(
-        lambda _, inputs: labels.append(inputs[0].numel()))
-    with FlopCounterMode(display=False) as counter:
-        forward_backward(model, pairs, step, device, autocast)
-    hook.remove()
-    model.zero_grad(set_to_none=True)
-    return counter.get_total_flops() - 3 * 2 * sum(labels) * model.vocab_size
 
 
 if __name__ == "__main__":

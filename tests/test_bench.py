@@ -79,7 +79,7 @@ def test_training_and_profile_report_every_arm(small, capsys):
     assert arms["CE only"]["over_ce_only"]["median"] == 1
     profile = results["parts"]["profile"]["arms"]
     for arm in profile.values():
-        assert sum(s["median"] for s in arm["share"].values()) == pytest.approx(1, abs=0.2)
+        assert all(0 <= share["median"] <= 1 for share in arm["share"].values())
         assert 0 <= arm["padding"] < 0.5
     assert "generation" not in results["parts"]
     for part in ("training", "profile"):
