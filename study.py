@@ -72,6 +72,7 @@ STAGES = {
         "λ 0": dict(jepa_weight=0.0),
         "cosine λ .3, cross": dict(jepa_weight=0.3, **CROSS),
         "InfoNCE λ .05": NCE,
+        "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
         "λ 0, equal compute": dict(jepa_weight=0.0, max_iters=1395),
     }),
     "few": (range(3), {
