@@ -35,7 +35,8 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(self.dump().encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return self.bpe.encode_ordinary_batch(texts, num_threads=2)
+        # tiktoken's own batches start a task per text: 1.2 times as long, 18 with short ones.
+        return [self.bpe.encode_ordinary(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; special tokens are left out."""
