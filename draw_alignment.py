@@ -50,7 +50,7 @@ def draw_pairs(models: Models, table: list[list[str]], about: dict[str, Any]):
 
     for (_, group), axis in zip(models, middle.subplots(1, len(models), squeeze=False)[0]):
         shown = group[0].cosines[:N_SHOWN, :N_SHOWN]
-        image = axis.imshow(shown, vmin=-1, vmax=1, cmap="RdBu_r")
+        image = axis.imshow(shown.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         seed = f" (seed {group[0].numbers['seed']})" if len(group) > 1 else ""
         axis.set(xlabel=f"answer{seed}", ylabel="[PRED] of question", xticks=[], yticks=[])
     middle.colorbar(image, ax=middle.axes[: len(models)], shrink=0.8, label="cosine")
@@ -90,6 +90,7 @@ def draw_panel(models: Models, table: list[list[str]], about: dict[str, Any]):
         "Collapse panel", models, about, [3.3, *(3.3 for _ in projections)]
     )
     cosine, rank, spectrum = top.subplots(1, 3)
+    spectrum.set_yscale("log")
     for (name, group), color in zip(models, [*(COLORS * len(models))[: len(models) - 1], GREY]):
         for axis, key, ls in (
             (cosine, "matched", "-"), (cosine, "mismatched", ":"),
@@ -102,7 +103,6 @@ def draw_panel(models: Models, table: list[list[str]], about: dict[str, Any]):
             values = np.array([m.numbers[key] for m in group])
             values[values < 1e-4 * values.max()] = np.nan  # rounding noise
             plot_band(spectrum, range(1, values.shape[1] + 1), values, color, ls=ls, marker="")
-    spectrum.set_yscale("log")
     finish(cosine, "cosine:\nmatched (line), mismatched (dots)", "layer")
     finish(rank, "effective rank:\n[PRED] (line), answer (dots)", "layer")
     finish(spectrum, "singular values of Enc(text) − Enc(code):\npairs (line), shuffled (dots)",
@@ -110,12 +110,13 @@ def draw_panel(models: Models, table: list[list[str]], about: dict[str, Any]):
     add_legend(top, cosine)
 
     for row, (kind, project) in zip(rows, projections.items()):
-        planes = [project(normalize(group[0].views.flatten(0, 1), dim=-1)) for _, group in models]
+        views = [normalize(group[0].views.flatten(0, 1), dim=-1) for _, group in models]
+        planes = [project(x).numpy() for x in views]  # (3 n, 2) each
         for (name, group), axis, plane in zip(
             models, row.subplots(1, len(models), squeeze=False)[0], planes
         ):
-            text, code, pred = plane.chunk(3)
-            shown = torch.stack([pred, code], 1)[:N_SHOWN]  # (32, 2, 2): the ends of a line
+            text, code, pred = np.split(plane, 3)
+            shown = np.stack([pred, code], 1)[:N_SHOWN]  # (32, 2, 2): the ends of a line
             axis.add_collection(LineCollection(shown, color=GREY, lw=0.5, label="some pairs"))
             for points, (label, color) in zip((text, code, pred), VIEWS):
                 axis.scatter(*points.T, s=8, color=color, alpha=0.6, lw=0, label=label)
@@ -123,7 +124,7 @@ def draw_panel(models: Models, table: list[list[str]], about: dict[str, Any]):
             axis.set_title(f"{name}{seed}: {kind}", fontsize=10)
             axis.set(xticks=[], yticks=[])
             if kind == "PCA":  # one scale for all: a model that has collapsed is a dot
-                reach = 1.05 * max(p.abs().max() for p in planes)
+                reach = 1.05 * max(np.abs(p).max() for p in planes)
                 axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     rows[0].axes[0].legend(frameon=False, fontsize=9, loc="upper left", markerscale=2)
     add_table(bottom, table)
