@@ -26,7 +26,6 @@ from draw_alignment import draw_pairs, draw_panel
 from jepa import alignment, collapse_panel, cosines, verdict
 from model import GPT, read_hidden
 from run import (
-    encode_pairs,
     exit_quietly,
     load_run,
     pick_device,
@@ -159,53 +158,55 @@ def choose(pairs: Pairs, n: int, seed: int) -> Pairs:
 
 def measure(name, model: GPT, config: Config, step, pairs, device, autocast) -> Measured:
     """The whole panel for one model; step 0 is an untrained one."""
-    ce, pred, target = encode_pairs(model, pairs, len(pairs), device, autocast)
-    layers = encode_layers(model, pairs, device, autocast)
+    ce, layers = encode_layers(model, pairs, device, autocast)
     by_layer = [alignment(pred, code) for _, code, pred in layers]
     keys = ("matched", "mismatched", "effective_rank_pred", "effective_rank_target")
-    panel = collapse_panel(pred, layers[-1, 0], target)
+    text, code, pred = layers[-1]
+    panel = collapse_panel(pred, text, code)
     numbers = {
         "name": name, "step": step, "jepa_weight": config.jepa_weight if step else None,
         "seed": config.seed, "ce": ce, **panel, "pairs": verdict(panel),
         "layers": {key: [measures[key] for measures in by_layer] for key in keys},
     }  # fmt: skip
     settings = asdict(replace(config, seed=0, out_dir="", device="", data_dir="", init_from=""))
-    return Measured(numbers, cosines(pred, target), layers[-1], str((step, settings)))
+    return Measured(numbers, cosines(pred, code), layers[-1], str((step, settings)))
 
 
 @torch.no_grad()
-def encode_layers(model: GPT, pairs: Pairs, device: torch.device, autocast) -> torch.Tensor:
-    """Enc(text), Enc(code) and Pred(text) of the pairs that have both views, layer by layer.
+def encode_layers(model: GPT, pairs: Pairs, device: torch.device, autocast):
+    """Cross-entropy and, layer by layer, Enc(text), Enc(code) and Pred(text) of the pairs.
 
-    Returns: (n_layer + 1, 3, m, C) float32 on the CPU: after the token embeddings, then after each
-    layer, all read through the final norm as the last one is. Enc(text) is the view that Pred
-    continues, encoded alone, read where it ends.
+    It is run.encode_pairs with an ear at every layer (a test compares them). Enc(text) is the view
+    that Pred continues, encoded alone.
+
+    Returns: mean cross-entropy per label in nats; (n_layer + 1, 3, m, C) float32 on the CPU for the
+    m pairs that have both views: after the embeddings, then after each layer, all read through the
+    final norm as the last one is.
     """
-    layout, pooling = pairs.layout, pairs.config.pooling
-    text = layout.parents[PRED] or TEXT
-    at = np.flatnonzero(pairs.has_target(np.arange(len(pairs))))
-    order = np.argsort(pairs.lengths[at].sum(1), kind="stable")  # little padding
-    encoded = torch.empty(len(model.h) + 1, 3, len(at), pairs.config.n_embd)
-    streams = []  # of one batch: what runs from layer to layer, (B, T, C) each
+    layout, pooling, n = pairs.layout, pairs.config.pooling, len(pairs)
+    reads = (layout.parents[PRED] or TEXT, pooling), (layout.enc, pooling), (layout.pred, "last")
+    order = np.argsort(pairs.lengths.sum(1), kind="stable")  # little padding
+    has_target = pairs.has_target(np.arange(n))
+    encoded = torch.empty(len(model.h) + 1, 3, n, pairs.config.n_embd)
+    ce, n_labels, streams = 0.0, 0, []  # streams: of one batch, after each layer, (B, T, C)
     hooks = [
         module.register_forward_hook(lambda module, inputs, output: streams.append(output))
         for module in (model.drop, *model.h[:-1])
     ]
     model.eval()
-    for chosen in np.split(order, range(16, len(order), 16)):
-        rows = pairs.pack(at[chosen], layout.row).to(device)
+    for at in np.split(order, range(16, n, 16)):
+        rows = pairs.pack(at, layout.row, has_target[at]).to(device)
         streams.clear()
         with autocast():
-            last = model(rows.idx, rows.block)[0]
+            last, ce_sum = model(*rows)
+            ce, n_labels = ce + ce_sum.item(), n_labels + (rows.targets != -1).sum().item()
             for layer, hidden in enumerate([*map(model.ln_f, streams), last]):
-                for view, (block, how) in enumerate(
-                    ((text, pooling), (layout.enc, pooling), (layout.pred, "last"))
-                ):
+                for view, (block, how) in enumerate(reads):
                     read = read_hidden(hidden, rows.block, block, how)
-                    encoded[layer, view, chosen] = read.float().cpu()
+                    encoded[layer, view, at] = read.float().cpu()
     for hook in hooks:
         hook.remove()
-    return encoded
+    return ce / n_labels, encoded[:, :, has_target]
 
 
 # --- seeds of one recipe ----------------------------------------------------------------------

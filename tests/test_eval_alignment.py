@@ -74,9 +74,10 @@ def measured(name="a", seed=1, curve=(), views=None, **settings):
 def test_views_equal_encode_pairs_and_a_pass_over_the_view_alone(options, text, bpe):
     pairs = pairs_of(bpe, **options)
     model = model_of(pairs)
-    layers = encode_layers(model, pairs, CPU, torch.no_grad)
+    ce, layers = encode_layers(model, pairs, CPU, torch.no_grad)
     assert layers.shape == (3, 3, 20, 32)
-    _, pred, target = encode_pairs(model, pairs, 20, CPU, torch.no_grad)
+    expected, pred, target = encode_pairs(model, pairs, 20, CPU, torch.no_grad)
+    assert ce == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(layers[-1, 1], target)
     torch.testing.assert_close(layers[-1, 2], pred)
     for row in range(20):
@@ -89,7 +90,7 @@ def test_views_equal_encode_pairs_and_a_pass_over_the_view_alone(options, text, 
 def test_layers_equal_a_walk_through_the_model(bpe):
     pairs = pairs_of(bpe)
     model = model_of(pairs)
-    layers = encode_layers(model, pairs, CPU, torch.no_grad)
+    _, layers = encode_layers(model, pairs, CPU, torch.no_grad)
     for row in (0, 7, 19):
         for view, block in ((0, TEXT), (1, CODE)):
             idx = torch.tensor([pairs.view(row, block)])
@@ -112,8 +113,9 @@ def test_pairs_without_a_second_view_are_left_out(bpe):
     pairs = pairs_of(bpe)
     pairs.lengths[::2, TARGET - 1] = 0
     model = model_of(pairs)
-    layers = encode_layers(model, pairs, CPU, torch.no_grad)
-    _, pred, target = encode_pairs(model, pairs, 20, CPU, torch.no_grad)
+    ce, layers = encode_layers(model, pairs, CPU, torch.no_grad)
+    expected, pred, target = encode_pairs(model, pairs, 20, CPU, torch.no_grad)
+    assert ce == pytest.approx(expected, rel=1e-5)
     assert layers.shape[2] == len(pred) == 10
     torch.testing.assert_close(layers[-1, 1:], torch.stack([target, pred]))
 
