@@ -1,27 +1,31 @@
-"""Do the two views of a held-out pair meet, or has the model collapsed? A figure and its numbers.
+"""Do the two views of a held-out pair meet, or has the model collapsed? Figures and their numbers.
 
     python eval_alignment.py              every run under out/ on the newest run's data
     python eval_alignment.py RUN ...      these runs (folders or checkpoint files)
 
-Writes alignment.png and alignment.json beside the runs. It only evaluates, it never trains. An
+Writes alignment.png, alignment_panel.png and alignment.json beside the runs. It only evaluates, it
+never trains. Runs that differ in nothing but their seed are one model: mean and spread. An
 untrained model of the first run's size is measured as the floor: a cosine means nothing without
 the cosine of mismatched pairs, and neither means much without what no training at all gives.
 """
 
+import itertools
 import json
-from dataclasses import dataclass, replace
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from config import fail, parse_args
+from config import Config, fail, parse_args
 from data import load_data
-from jepa import alignment, cosines, off_diagonal, verdict
-from model import GPT
+from draw_alignment import draw_pairs, draw_panel
+from jepa import alignment, collapse_panel, cosines, verdict
+from model import GPT, read_hidden
 from run import (
-    encode_pairs,
     exit_quietly,
     load_run,
     pick_device,
@@ -29,9 +33,18 @@ from run import (
     runs_newest_first,
     versions,
 )
+from sweep import mean_sd, number
+from views import PRED, TEXT, Pairs
 
-MATCHED, MISMATCHED = "#c8553d", "#7d8ca3"
-N_SHOWN = 32  # pairs in the similarity matrix
+FIRST_TABLE = {  # measure: title, digits
+    "ce": ("CE", 3), "matched": ("matched", 3), "mismatched": ("mismatched", 3),
+    "retrieval_at_1": ("retrieval@1", 3), "mean_rank": ("mean rank", 1),
+    "effective_rank_pred": ("rank pred", 1), "effective_rank_target": ("rank target", 1),
+}  # fmt: skip
+SECOND_TABLE = {
+    "within_pred": ("within pred", 3), "within_target": ("within target", 3),
+    "linear_r2": ("linear R²", 3), "linear_r2_shuffled": ("shuffled R²", 3),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class Args:
     # which pairs
     split: str = "val"  # val | test; choose on val, report on test
     n_pairs: int = 256  # held-out pairs, the same for every run
+    pairs_seed: int = 0  # 0: the first n_pairs of the split; else a random choice with this seed
     data_dir: str = ""  # folder of the data, if it is no longer where the runs found it
     # how
     device: str = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | mps
@@ -51,7 +65,13 @@ class Measured:
 
     numbers: dict[str, Any]  # what alignment.json holds
     cosines: torch.Tensor  # (n, n) every pred with every target
-    curve: list[dict]  # evaluations during training, from metrics.jsonl
+    views: torch.Tensor  # (3, n, C) Enc(text), Enc(code), Pred(text)
+    settings: str  # the config, less what seeds of one recipe may differ in
+    curve: list[dict] = field(default_factory=list)  # evaluations in training, of metrics.jsonl
+    n_eval: int = 0  # pairs in each of those
+
+
+Models = list[tuple[str, list[Measured]]]  # a name, and a Measured for every seed
 
 
 def main(argv: list[str]) -> None:
@@ -59,6 +79,8 @@ def main(argv: list[str]) -> None:
     args = Args(**values)
     if args.split not in ("val", "test") or args.n_pairs < 2:
         fail(f"split={args.split} must be val or test, and n_pairs={args.n_pairs} at least 2")
+    if args.pairs_seed < 0:
+        fail(f"pairs_seed={args.pairs_seed} must not be below 0")
     device, autocast = pick_device(args.device, args.dtype)
     paths = [Path(name) for name in names] or same_data(runs_newest_first())
 
@@ -74,43 +96,43 @@ def main(argv: list[str]) -> None:
                  f"other data than {data.provenance['source']} holds; --data_dir names a folder")
         if digest not in (None, trained_on["train_sha256"]):
             fail(f"{run.path} was trained on other data than {paths[0]}: compare runs on one set")
-        pairs = data.pairs.get(args.split)
-        if pairs is None or pairs.has_target(np.arange(min(args.n_pairs, len(pairs)))).sum() < 2:
-            fail(f"{data.provenance['source']} has fewer than 2 {args.split} pairs")
         digest = trained_on["train_sha256"]
-
-        def measure(name, model, step, curve, config=run.config, pairs=pairs):
-            val_ce, pred, target = encode_pairs(model, pairs, args.n_pairs, device, autocast)
-            measures = alignment(pred, target)
-            numbers = {
-                "name": name, "step": step, "jepa_weight": config.jepa_weight if step else None,
-                "seed": config.seed, "ce": val_ce, **measures, "pairs": verdict(measures),
-            }  # fmt: skip
-            return Measured(numbers, cosines(pred, target), curve)
-
-        curve = [r for r in read_metrics(run.path.parent / "metrics.jsonl") if "val_ce" in r]
-        measured.append(measure(run.name, run.model, run.step, curve))
+        pairs = data.pairs.get(args.split)
+        pairs = choose(pairs, args.n_pairs, args.pairs_seed) if pairs is not None else None
+        if pairs is None or pairs.has_target(np.arange(len(pairs))).sum() < 2:
+            fail(f"{data.provenance['source']} has fewer than 2 {args.split} pairs")
+        m = measure(run.name, run.model, run.config, run.step, pairs, device, autocast)
+        m.curve = [r for r in read_metrics(run.path.parent / "metrics.jsonl") if "val_ce" in r]
+        m.n_eval = min(run.config.eval_pairs, len(data.pairs["val"]))
+        measured.append(m)
         if floor is None:
             torch.manual_seed(run.config.seed)
             untrained = GPT(run.config, run.tokenizer.vocab_size, pairs.layout.parents).to(device)
-            floor = measure("untrained", untrained, 0, [])
+            floor = measure("untrained", untrained, run.config, 0, pairs, device, autocast)
     # JEPA first, then the baselines, then the floor
-    measured = [*sorted(measured, key=lambda m: m.numbers["jepa_weight"] == 0), floor]
+    measured.sort(key=lambda m: m.numbers["jepa_weight"] == 0)
+    models = [*by_settings(measured), ("untrained", [floor])]
 
     n = len(floor.cosines)
-    about = {"split": args.split, "n_pairs": n, "data": data.provenance, **versions()}
+    about = {"split": args.split, "n_pairs": n, "pairs_seed": args.pairs_seed,
+             "data": data.provenance, **versions()}  # fmt: skip
     folder = (paths[0] if paths[0].is_dir() else paths[0].parent).resolve().parent
-    numbers = [m.numbers for m in measured]
-    results = json.dumps({**about, "models": numbers}, indent=1)
-    (folder / "alignment.json").write_text(results + "\n")
-    figure = draw(measured, about)
-    figure.savefig(folder / "alignment.png", dpi=110)
-    header, *rows = table(numbers)
+    results = {**about, "models": [m.numbers for m in [*measured, floor]],
+               "over_seeds": over_seeds(models)}  # fmt: skip
+    (folder / "alignment.json").write_text(json.dumps(results, indent=1) + "\n")
+    first, second = tables(models)
+    draw_pairs(models, first, about).savefig(folder / "alignment.png", dpi=110)
+    draw_panel(models, second, about).savefig(folder / "alignment_panel.png", dpi=110)
     print(f"\n{n} held-out pairs of {data.provenance['dataset']} ({args.split}); retrieval@1 by "
           f"chance {1 / n:.3f}")
-    for cells in (header, *rows):
-        print(f"{cells[0]:<24}" + "".join(f"{cell:>15}" for cell in cells[1:]))
-    print(f"wrote {folder / 'alignment.png'} and alignment.json")
+    for rows in (first, second):
+        for cells in rows:
+            print(f"{cells[0]:<24}" + "".join(f"{cell:>15}" for cell in cells[1:]))
+        print()
+    print(f"wrote {folder / 'alignment.png'}, alignment_panel.png and alignment.json")
+
+
+# --- models -----------------------------------------------------------------------------------
 
 
 def same_data(paths: list[Path]) -> list[Path]:
@@ -127,102 +149,116 @@ def same_data(paths: list[Path]) -> list[Path]:
     return sorted(path for path in paths if digests[path] == digests[paths[0]])
 
 
-def table(numbers: list[dict]) -> list[list[str]]:
-    """Header and a row per model."""
-    header = ["model", "CE", "matched", "mismatched", "retrieval@1", "mean rank",
-              "rank pred", "rank target", "pairs are"]  # fmt: skip
-    return [header] + [
-        [m["name"], f"{m['ce']:.3f}", f"{m['matched']:.3f}", f"{m['mismatched']:.3f}",
-         f"{m['retrieval_at_1']:.3f}", f"{m['mean_rank']:.1f}", f"{m['effective_rank_pred']:.1f}",
-         f"{m['effective_rank_target']:.1f}", m["pairs"]]
-        for m in numbers
-    ]  # fmt: skip
+def choose(pairs: Pairs, n: int, seed: int) -> Pairs:
+    """n pairs of a split (all, if it has fewer): the first, or a random choice if seed is not 0."""
+    n = min(n, len(pairs))
+    at = np.random.default_rng(seed).choice(len(pairs), n, replace=False) if seed else np.arange(n)
+    return replace(pairs, starts=pairs.starts[at], lengths=pairs.lengths[at], asked=pairs.asked[at])
 
 
-def draw(measured: list[Measured], about: dict[str, Any]):
-    """The figure: per model a histogram and a similarity matrix, then training, then the table."""
-    from matplotlib.figure import Figure
+def measure(name, model: GPT, config: Config, step, pairs, device, autocast) -> Measured:
+    """The whole panel for one model; step 0 is an untrained one."""
+    ce, layers = encode_layers(model, pairs, device, autocast)
+    by_layer = [alignment(pred, code) for _, code, pred in layers]
+    keys = ("matched", "mismatched", "effective_rank_pred", "effective_rank_target")
+    text, code, pred = layers[-1]
+    panel = collapse_panel(pred, text, code)
+    numbers = {
+        "name": name, "step": step, "jepa_weight": config.jepa_weight if step else None,
+        "seed": config.seed, "ce": ce, **panel, "pairs": verdict(panel),
+        "layers": {key: [measures[key] for measures in by_layer] for key in keys},
+    }  # fmt: skip
+    settings = asdict(replace(config, seed=0, out_dir="", device="", data_dir="", init_from=""))
+    return Measured(numbers, cosines(pred, code), layers[-1], str((step, settings)))
 
-    n_models = len(measured)
-    figure = Figure(figsize=(max(11, 3.6 * n_models), 13.5), layout="constrained")
-    data = about["data"]
-    figure.suptitle(
-        f"PRED against answer: {about['n_pairs']} held-out pairs of {data['dataset']} "
-        f"({about['split']})",
-        fontsize=15, fontweight="bold",
-    )  # fmt: skip
-    heights = [3, 3, 3, 0.5 + 0.32 * (n_models + 1)]
-    top, middle, low, bottom = figure.subfigures(4, 1, height_ratios=heights)
 
-    low_end = min(m.cosines.min().item() for m in measured)
-    bins = torch.linspace(max(-1, low_end - 0.02), 1, 61).numpy()
-    for m, axis in zip(measured, top.subplots(1, n_models, squeeze=False)[0]):
-        for values, name, color in (
-            (off_diagonal(m.cosines), "mismatched", MISMATCHED),
-            (m.cosines.diagonal(), "matched", MATCHED),
-        ):
-            axis.hist(values.numpy(), bins, density=True, color=color, alpha=0.75, label=name)
-            axis.axvline(values.mean(), color=color, lw=1.2, ls="--")
-        weight = m.numbers["jepa_weight"]
-        kind = "" if weight is None else f"\nλ = {weight:g}, step {m.numbers['step']}"
-        axis.set_title(f"{m.numbers['name']}{kind}", fontsize=11)
-        axis.set(xlabel="cosine", yticks=[])
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    top.axes[0].legend(frameon=False, fontsize=9, loc="upper left")
-    top.axes[0].set_ylabel("density")
+@torch.no_grad()
+def encode_layers(model: GPT, pairs: Pairs, device: torch.device, autocast):
+    """Cross-entropy and, layer by layer, Enc(text), Enc(code) and Pred(text) of the pairs.
 
-    for m, axis in zip(measured, middle.subplots(1, n_models, squeeze=False)[0]):
-        image = axis.imshow(m.cosines[:N_SHOWN, :N_SHOWN], vmin=-1, vmax=1, cmap="RdBu_r")
-        axis.set(xlabel="answer", ylabel="[PRED] of question", xticks=[], yticks=[])
-    shown = min(N_SHOWN, about["n_pairs"])
-    middle.colorbar(image, ax=middle.axes[:n_models], shrink=0.8, label="cosine")
-    middle.axes[0].set_title(f"{shown} pairs: alignment is a red diagonal alone", fontsize=10)
+    It is run.encode_pairs with an ear at every layer (a test compares them). Enc(text) is the view
+    that Pred continues, encoded alone.
 
-    runs = measured[:-1]
-    colors = ["#c8553d", "#2a6f97", "#588157", "#9a6fb0", "#d99a2b", "#5c5c5c", "#2fa4a0"]
-    cosine, retrieval, ce = low.subplots(1, 3)
-    for i, m in enumerate(runs):
-        color, name = colors[i % len(colors)], m.numbers["name"]
-        steps = [0] + [r["step"] for r in m.curve]  # 0: the untrained model
-        floor = measured[-1].numbers
+    Returns: mean cross-entropy per label in nats; (n_layer + 1, 3, m, C) float32 on the CPU for the
+    m pairs that have both views: after the embeddings, then after each layer, all read through the
+    final norm as the last one is.
+    """
+    layout, pooling, n = pairs.layout, pairs.config.pooling, len(pairs)
+    reads = (layout.parents[PRED] or TEXT, pooling), (layout.enc, pooling), (layout.pred, "last")
+    order = np.argsort(pairs.lengths.sum(1), kind="stable")  # little padding
+    has_target = pairs.has_target(np.arange(n))
+    encoded = torch.empty(len(model.h) + 1, 3, n, pairs.config.n_embd)
+    ce, n_labels, streams = 0.0, 0, []  # streams: of one batch, after each layer, (B, T, C)
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output: streams.append(output))
+        for module in (model.drop, *model.h[:-1])
+    ]
+    model.eval()
+    for at in np.split(order, range(16, n, 16)):
+        rows = pairs.pack(at, layout.row, has_target[at]).to(device)
+        streams.clear()
+        with autocast():
+            last, ce_sum = model(*rows)
+            ce, n_labels = ce + ce_sum.item(), n_labels + (rows.targets != -1).sum().item()
+            for layer, hidden in enumerate([*map(model.ln_f, streams), last]):
+                for view, (block, how) in enumerate(reads):
+                    read = read_hidden(hidden, rows.block, block, how)
+                    encoded[layer, view, at] = read.float().cpu()
+    for hook in hooks:
+        hook.remove()
+    return ce / n_labels, encoded[:, :, has_target]
 
-        def series(key, curve=m.curve, floor=floor):
-            return [floor[key.removeprefix("val_")]] + [r[key] for r in curve]
 
-        cosine.plot(steps, series("val_matched"), color=color, marker="o", ms=3, label=name)
-        cosine.plot(steps, series("val_mismatched"), color=color, marker="o", ms=3, ls=":")
-        retrieval.plot(steps, series("val_retrieval_at_1"), color=color, marker="o", ms=3)
-        ce.plot(steps[1:], series("val_ce")[1:], color=color, marker="o", ms=3)
-    cosine.set_title("cosine: matched (line), mismatched (dots)", fontsize=10)
-    cosine.legend(frameon=False, fontsize=9)
-    retrieval.set_title("retrieval@1 (dashed: chance)", fontsize=10)
-    retrieval.axhline(1 / about["n_pairs"], color="grey", ls="--", lw=1)
-    ce.set_title("validation cross-entropy, nats per label", fontsize=10)
-    for axis in (cosine, retrieval, ce):
-        axis.set_xlabel("training step")
-        axis.spines[["top", "right"]].set_visible(False)
+# --- seeds of one recipe ----------------------------------------------------------------------
 
-    axis = bottom.subplots()
-    axis.axis("off")
-    header, *rows = table([m.numbers for m in measured])
-    cells = axis.table(rows, colLabels=header, loc="center", cellLoc="right",
-                       colWidths=[0.2] + [0.1] * (len(header) - 1))  # fmt: skip
-    cells.auto_set_font_size(False)
-    cells.set_fontsize(9.5)
-    cells.scale(1, 1.4)
-    for (row, _), cell in cells.get_celld().items():
-        cell.set_edgecolor("#d0d0d0")
-        cell.visible_edges = "B"
-        if row == 0:
-            cell.set_text_props(fontweight="bold")
-    figure.text(
-        0.01, 0.003,
-        f"{data['source']}, train sha256 {data['train_sha256'][:12]}, tokenizer "
-        f"{data['tokenizer']}, commit {about['commit']}, torch {about['torch']}, {about['time']}; "
-        f"chance retrieval@1 {1 / about['n_pairs']:.3f}",
-        fontsize=7, color="grey",
-    )  # fmt: skip
-    return figure
+
+def by_settings(measured: list[Measured]) -> Models:
+    """Runs that differ in their seed alone are put together, in the order of the first of each."""
+    groups: dict[Any, list[Measured]] = {}
+    for m in measured:
+        copy = 0  # two checkpoints of one seed are not two seeds
+        while m.numbers["seed"] in (o.numbers["seed"] for o in groups.get((m.settings, copy), [])):
+            copy += 1
+        groups.setdefault((m.settings, copy), []).append(m)
+    return [(common_name([m.numbers["name"] for m in group]), group) for group in groups.values()]
+
+
+def common_name(names: list[str]) -> str:
+    """What the names begin with, without what is left of a seed: run_s1, run_s2 -> run."""
+    if len(names) == 1:
+        return names[0]
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names))
+    start = "".join(letters[0] for letters in same)
+    return re.sub(r"[-_,.= ]*(seed|s)?[-_,.= ]*\d*$", "", start) or names[0]
+
+
+def over_seeds(models: Models) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation (None for a single seed) of each model's measures."""
+    rows = []
+    for name, group in models:
+        stats = {k: mean_sd([m.numbers[k] for m in group]) for k in {**FIRST_TABLE, **SECOND_TABLE}}
+        rows.append({
+            "name": name, "n": len(group), "seeds": [m.numbers["seed"] for m in group],
+            "mean": {k: mean for k, (mean, _) in stats.items()},
+            "sd": {k: sd for k, (_, sd) in stats.items()},
+        })  # fmt: skip
+    return rows
+
+
+def tables(models: Models) -> list[list[list[str]]]:
+    """Two tables, each a header and a row per model; what is said in words is counted."""
+    first = [["model", "n", *(title for title, _ in FIRST_TABLE.values()), "pairs are"]]
+    second = [["model", "n", *(title for title, _ in SECOND_TABLE.values()), "R² counts"]]
+    for (name, group), row in zip(models, over_seeds(models)):
+        pairs = [m.numbers["pairs"] for m in group]
+        flaws = (m.numbers["linear_r2_flaw"] for m in group)
+        counts = [f"no ({flaw})" if flaw else "yes" for flaw in flaws]
+        for table, columns, words in (first, FIRST_TABLE, pairs), (second, SECOND_TABLE, counts):
+            cells = [number(row["mean"][k], row["sd"][k], d) for k, (_, d) in columns.items()]
+            counted = [f"{n} {word}" for word, n in Counter(words).items()]
+            said = words[0] if len(counted) == 1 else ", ".join(counted)
+            table.append([name, str(len(group)), *cells, said])
+    return [first, second]
 
 
 if __name__ == "__main__":

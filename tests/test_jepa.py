@@ -7,7 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jepa import TEMPERATURE, alignment, distance, effective_rank, sigreg, spread, verdict
+from jepa import (
+    TEMPERATURE,
+    alignment,
+    collapse_panel,
+    difference_spectrum,
+    distance,
+    effective_rank,
+    linear_r2,
+    sigreg,
+    spread,
+    verdict,
+    within_cosine,
+)
 
 DISTANCES = ("cosine", "l2", "mse", "infonce")
 SPREADS = ("vicreg", "sigreg", "cross")
@@ -232,6 +244,151 @@ def test_effective_rank_lies_between_one_and_the_dimension():
 ])  # fmt: skip
 def test_verdict_compares_mismatched_with_matched(matched, mismatched, expected):
     assert verdict({"matched": matched, "mismatched": mismatched}) == expected
+
+
+# --- the rest of the collapse panel -----------------------------------------------------------
+
+
+def rotation(C):
+    return torch.linalg.qr(torch.randn(C, C))[0]
+
+
+@pytest.mark.parametrize("x, expected", [
+    (torch.eye(5), 0), (torch.ones(5, 3), 1), (torch.tensor([[1.0, 0], [1, 1]]), math.sqrt(0.5)),
+    # u, u, -u, -u: of the 6 pairs 2 agree and 4 do not
+    (torch.tensor([[1.0], [2], [-1], [-3]]) * torch.ones(1, 4), -1 / 3),
+])  # fmt: skip
+def test_within_cosine_equals_hand_computed_values(x, expected):
+    assert within_cosine(x) == pytest.approx(expected, abs=1e-6)
+
+
+def test_difference_spectrum_equals_hand_computed_values():
+    x = torch.diag(torch.tensor([1.0, 5.0, 2.0]))
+    assert difference_spectrum(x, 3 * x) == pytest.approx([0, 0, 0], abs=1e-6)
+    assert difference_spectrum(x, -x) == pytest.approx([2, 2, 2])  # twice a rotation
+    # e1, e2, e3 less e2, e3, e1: a circulant with eigenvalues 1 - w, w the cube roots of 1
+    expected = [math.sqrt(3), math.sqrt(3), 0]
+    assert difference_spectrum(x, x.roll(1, 0)) == pytest.approx(expected, abs=1e-6)
+    # One direction apart: a single value, sqrt(N) times the distance of two orthogonal units.
+    e1, e2 = torch.eye(8, 130).expand(2, 8, 130)[:, :2].unbind(1)
+    values = difference_spectrum(e1[:1].expand(150, 130), e2[:1].expand(150, 130))
+    assert len(values) == 100
+    assert values[0] == pytest.approx(math.sqrt(2 * 150)) and max(values[1:]) < 1e-3
+
+
+def test_linear_r2_of_a_rotation_is_1_and_of_shuffled_or_unrelated_views_0():
+    x = torch.randn(256, 16)
+    for code in (x, 5 * x @ rotation(16)):
+        assert linear_r2(x, code) == (pytest.approx(1, abs=1e-4), "")
+    for code in (x[torch.randperm(256)], torch.randn(256, 16)):
+        assert linear_r2(x, code) == (pytest.approx(0, abs=0.03), "")
+
+
+def test_linear_r2_is_the_share_of_the_code_that_the_text_determines():
+    """12 of the code's 16 channels are a rotation of the text, 4 are noise of the same size."""
+    text = torch.randn(2000, 12)
+    code = torch.cat([text @ rotation(12), torch.randn(2000, 4)], 1) @ rotation(16)
+    # Unit length couples the channels a little, hence the width.
+    assert linear_r2(text, code)[0] == pytest.approx(12 / 16, abs=0.05)
+
+
+def test_linear_r2_is_held_out():
+    """More channels than pairs: any fit is perfect on its own half, and tells nothing."""
+    text, code = torch.randn(64, 200), torch.randn(64, 200)
+    x, y = text[:32], code[:32]
+    assert torch.allclose(x @ torch.linalg.pinv(x) @ y, y, atol=1e-3)
+    assert abs(linear_r2(text, code)[0]) < 0.05
+    # Orthogonal rows: no pair tells about another one, although the views are identical.
+    assert linear_r2(torch.eye(64), torch.eye(64))[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_linear_r2_equals_ridge_with_leave_one_out_by_refitting():
+    torch.manual_seed(4)
+    text = torch.randn(24, 5)
+    code = F.normalize(text, dim=-1) @ torch.randn(5, 4) + 0.3 * torch.randn(24, 4)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    x, y = (F.normalize(view.double(), dim=-1)[order] for view in (text, code))
+    x, y = ((v - v[:12].mean(0)) / v[:12].std(0) for v in (x, y))
+
+    def ridge(x, y, penalty):  # with an intercept, by the normal equations
+        mx, my = x.mean(0), y.mean(0)
+        square = (x - mx).T @ (x - mx) + penalty * torch.eye(5, dtype=torch.double)
+        weights = torch.linalg.solve(square, (x - mx).T @ (y - my))
+        return lambda new: (new - mx) @ weights + my
+
+    def error(penalty):
+        fits = [ridge(x[:12][rest], y[:12][rest], penalty)
+                for rest in ([j for j in range(12) if j != i] for i in range(12))]  # fmt: skip
+        return sum((y[i] - fit(x[i])).square().sum().item() for i, fit in enumerate(fits))
+
+    largest = torch.linalg.svdvals(x[:12])[0].item() ** 2
+    penalty = min((largest * 10 ** (i / 2) for i in range(-10, 7)), key=error)
+    assert largest * 1e-5 < penalty < largest * 1e3  # inside the grid, so that it is a choice
+    sse = (y[12:] - ridge(x[:12], y[:12], penalty)(x[12:])).square().sum()
+    expected = 1 - sse / y[12:].square().sum()
+    assert linear_r2(text, code)[0] == pytest.approx(expected.item(), abs=1e-4)
+    assert 0.3 < expected < 0.95
+
+
+@pytest.mark.parametrize("size", [0, 1e-6, 1e-3, 0.05])
+def test_linear_r2_of_views_collapsed_to_a_point_is_0(size):
+    """What is left to vary is the same in both views, so it could be predicted perfectly."""
+    x = torch.randn(1, 32) + size * torch.randn(256, 32)
+    assert linear_r2(x, x @ rotation(32)) == (0, "point")
+
+
+@pytest.mark.parametrize("place", [0, 0.1, 1, 10])
+@pytest.mark.parametrize("noise", [0, 0.02])
+def test_linear_r2_of_views_collapsed_to_a_line_is_0(place, noise):
+    """Points at random places on one line, through the origin or not, which both views share."""
+    x = place * torch.randn(1, 32) + torch.randn(256, 1) * torch.randn(1, 32)
+    x = x + noise * torch.randn(256, 32)
+    flaw = "point" if place == 10 else "line"  # from afar a line is a point
+    assert linear_r2(x, x @ rotation(32)) == (0, flaw)
+
+
+def test_linear_r2_survives_what_it_cannot_measure():
+    assert linear_r2(torch.randn(7, 4), torch.randn(7, 4)) == (0, "few")
+    assert linear_r2(torch.zeros(20, 4), torch.zeros(20, 4)) == (0, "point")
+    r2, flaw = linear_r2(torch.ones(64, 4), torch.randn(64, 4))  # nothing to predict from
+    assert flaw == "" and r2 == pytest.approx(0, abs=0.2) and r2 <= 0.01
+
+
+def test_panel_of_views_that_a_rotation_joins():
+    text = torch.randn(400, 16)
+    code = text @ rotation(16)
+    panel = collapse_panel(code, text, code)
+    assert panel["matched"] == panel["retrieval_at_1"] == panel["mean_rank"] == pytest.approx(1)
+    assert (panel["linear_r2"], panel["linear_r2_flaw"]) == (pytest.approx(1, abs=1e-4), "")
+    assert panel["linear_r2_shuffled"] == pytest.approx(0, abs=0.03)
+    for key in ("within_pred", "within_target", "mismatched"):
+        assert panel[key] == pytest.approx(0, abs=0.02)
+    assert 15 < panel["effective_rank_pred"] == pytest.approx(panel["effective_rank_target"])
+    same = collapse_panel(text, text, text)
+    assert max(same["singular_values"]) < 1e-4 < 1 < min(same["singular_values_shuffled"])
+    assert verdict(panel) == verdict(same) == "aligned"
+
+
+def test_panel_of_shuffled_views_finds_nothing():
+    text = torch.randn(400, 16)
+    code = text[torch.randperm(400)]
+    panel = collapse_panel(text, text, code)
+    for key in ("matched", "mismatched", "linear_r2", "linear_r2_shuffled"):
+        assert panel[key] == pytest.approx(0, abs=0.05)
+    assert panel["retrieval_at_1"] < 0.03 and panel["mean_rank"] == pytest.approx(200, abs=30)
+    right, wrong = panel["singular_values"], panel["singular_values_shuffled"]
+    assert right == pytest.approx(wrong, rel=0.1)
+
+
+def test_no_measure_of_the_panel_praises_a_point():
+    """Cosine, singular values and any fit to the data would."""
+    point = torch.randn(1, 16).expand(64, 16)
+    panel = collapse_panel(point, point, point)
+    assert panel["singular_values"] == panel["singular_values_shuffled"]
+    assert max(panel["singular_values"]) < 1e-4
+    assert panel["within_pred"] == panel["within_target"] == pytest.approx(1)
+    assert panel["linear_r2"] == panel["linear_r2_shuffled"] == panel["retrieval_at_1"] == 0
+    assert panel["linear_r2_flaw"] == "point" and verdict(panel) == "collapsed"
 
 
 @pytest.mark.parametrize("loss", [distance, spread])
