@@ -84,13 +84,15 @@ def main(argv: list[str]) -> None:
         if not equals:
             fail(f"{arg}: options are written --key=value")
         given[key] = text
-    jobs = int(given.pop("jobs", 1))
+    jobs = given.pop("jobs", "1")
+    if not jobs.isdecimal() or int(jobs) < 1:
+        fail(f"jobs={jobs} must be a whole number, at least 1")
     given = {key: convert(Config, key, text, "on the command line") for key, text in given.items()}
     seeds, arms = STAGES[stage]
     folder = Path(given.pop("out_dir", f"out/study-{stage}"))
     cells = {(arm, seed): make_cell(folder, arm, {**BASE, **given, **options}, seed)
              for arm, options in arms.items() for seed in seeds}  # fmt: skip
-    train_cells(list(cells.values()), jobs)
+    train_cells(list(cells.values()), int(jobs))
 
     results = {}
     for arm in arms:
