@@ -29,7 +29,7 @@ from run import (
     exit_quietly,
     load_run,
     pick_device,
-    read_metrics,
+    read_records,
     runs_newest_first,
     versions,
 )
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
         if pairs is None or pairs.has_target(np.arange(len(pairs))).sum() < 2:
             fail(f"{data.provenance['source']} has fewer than 2 {args.split} pairs")
         m = measure(run.name, run.model, run.config, run.step, pairs, device, autocast)
-        m.curve = [r for r in read_metrics(run.path.parent / "metrics.jsonl") if "val_ce" in r]
+        m.curve = [r for r in read_records(run.path.parent / "metrics.jsonl") if "val_ce" in r]
         m.n_eval = min(run.config.eval_pairs, len(data.pairs["val"]))
         measured.append(m)
         if floor is None:

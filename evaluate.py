@@ -24,7 +24,15 @@ from config import fail, parse_args
 from data import as_pair, load_data, read_jsonl, sha256
 from model import GPT
 from regex_equivalence import equivalent
-from run import Run, exit_quietly, load_run, pick_device, runs_newest_first, versions
+from run import (
+    Run,
+    exit_quietly,
+    load_run,
+    pick_device,
+    read_records,
+    runs_newest_first,
+    versions,
+)
 from tokenizer import Tokenizer
 from views import CODE, TEXT, Pairs, tokenize
 
@@ -149,12 +157,7 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
 def resumable(path: Path, about: dict) -> list[dict]:
     """The answers in a file that was begun for the same checkpoint and questions; a line that a
     kill cut short is dropped."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    records = read_records(path)
     same = ("run", "step", "questions_sha256", "n", "max_new_tokens", "score", "trained", "torch")
     if not records or any(records[0].get(key) != about[key] for key in same):
         return []

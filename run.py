@@ -184,8 +184,8 @@ def runs_newest_first() -> list[Path]:
     return [path.parent for path in found]
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl; a line that a kill cut short is dropped."""
+def read_records(path: Path) -> list[dict]:
+    """The records of metrics.jsonl or of answers; a line that a kill cut short is dropped."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, check, convert, fail, find_recipe, read_recipe
-from run import exit_quietly, read_metrics, versions
-from sweep import Cell, train_cells
+from run import exit_quietly, read_records, versions
+from sweep import Cell, mean_sd, number, train_cells
 
 RECIPE = "nlrx_jepa"
 BASE = dict(
@@ -126,12 +126,12 @@ def make_cell(folder: Path, arm: str, options: dict, seed: int) -> Cell:
 
 
 def evaluations(folder: Path) -> list[dict]:
-    return [record for record in read_metrics(folder / "metrics.jsonl") if "val_ce" in record]
+    return [record for record in read_records(folder / "metrics.jsonl") if "val_ce" in record]
 
 
 def table(results: dict[str, dict]) -> list[str]:
-    """A Markdown row per arm: exact match midway and at the end, and the panel, mean ± sd; the last
-    column tests the end against the first arm's, seed by seed."""
+    """A Markdown row per arm: exact match midway and at the end, and the panel, mean ± sd; the
+    last column tests the end against the first arm's, seed by seed."""
     lines = ["| arm | n | TFLOP | exact, midway | exact | prefix | stopped | CE | matched | "
              "mismatched | retrieval@1 | rank | p |", "|---|" + "---|" * 12]  # fmt: skip
     reference = None
@@ -141,17 +141,16 @@ def table(results: dict[str, dict]) -> list[str]:
         reference = reference or last["val_exact"]
         same = last["val_exact"] is reference or len(reference) < 2
         p = "" if same else f"{paired_t(last['val_exact'], reference):.2g}"
-        cells = [mean_sd(last[key], 3) for key in ("val_prefix", "val_stopped", "val_ce")]
-        cells += [mean_sd(last[key], 1 if "rank" in key else 2) for key in PANEL]
+        cells = [shown(last[key], 3) for key in ("val_prefix", "val_stopped", "val_ce")]
+        cells += [shown(last[key], 1 if "rank" in key else 2) for key in PANEL]
         lines.append(f"| {arm} | {len(midway)} | {statistics.fmean(last['flops']) / 1e12:.1f} | "
-                     f"{mean_sd(midway, 3)} | {mean_sd(last['val_exact'], 3)} | "
+                     f"{shown(midway, 3)} | {shown(last['val_exact'], 3)} | "
                      + " | ".join(cells) + f" | {p} |")  # fmt: skip
     return lines
 
 
-def mean_sd(values: list[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+def shown(values: list[float], digits: int) -> str:
+    return number(*mean_sd(values), digits)
 
 
 def paired_t(a: list[float], b: list[float]) -> float:

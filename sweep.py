@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, check, convert, fail, find_recipe, help_text, read_recipe
-from run import exit_quietly, read_metrics
+from run import exit_quietly, read_records
 from train import set_aside
 
 USAGE = "python sweep.py RECIPE --key=value,value,... [--key=value ...] [--jobs=N]"
@@ -223,7 +223,7 @@ def earlier_run(cell: Cell) -> dict[str, Any] | None:
 def final(cell: Cell) -> dict[str, Any] | None:
     """Figures of the cell's last evaluation, with commit and data; None if it is not finished."""
     about = earlier_run(cell)
-    for record in read_metrics(cell.folder / "metrics.jsonl") if about else []:
+    for record in read_records(cell.folder / "metrics.jsonl") if about else []:
         if "val_ce" in record and record["step"] == cell.config.max_iters:
             data = about["data"]
             return {

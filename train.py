@@ -32,7 +32,7 @@ from run import (
     join_processes,
     pick_device,
     read_checkpoint,
-    read_metrics,
+    read_records,
     save_checkpoint,
     versions,
 )
@@ -206,7 +206,7 @@ def main(argv: list[str]) -> None:
     about = {"config": asdict(config), "provenance": provenance, "parameters": n_parameters}
     if rank == 0:  # the only one that writes
         out_dir.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_metrics(metrics_path) if r["step"] < step] if resume else []
+        kept = [r for r in read_records(metrics_path) if r["step"] < step] if resume else []
         (out_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         metrics_path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
@@ -389,7 +389,7 @@ def plot_losses(metrics_path: Path, path: Path) -> None:
     """Training and validation losses over steps, one panel per term."""
     from matplotlib.figure import Figure  # takes a second to import, and needs no display
 
-    records = read_metrics(metrics_path)
+    records = read_records(metrics_path)
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, term, label in zip(
         figure.subplots(1, 2), ("ce", "jepa"), ("cross-entropy, nats per label", "JEPA distance")

@@ -29,7 +29,7 @@ from eval_alignment import (
 )
 from jepa import alignment, collapse_panel, cosines, verdict
 from model import GPT, block_causal_mask
-from run import encode_pairs, load_run, read_metrics
+from run import encode_pairs, load_run, read_records
 from views import CODE, TARGET, TEXT, tokenize
 
 CPU = torch.device("cpu")
@@ -196,7 +196,7 @@ def test_the_command_measures_every_run_beside_an_untrained_model(tiny_run, tmp_
     assert names == ["w1_s1", "w1_s2", "w0_s1", "w0_s2", "untrained"]
     for m in results["models"][:-1]:
         # The same pairs as in training: the last evaluation there says the same.
-        last = read_metrics(Path("out", m["name"], "metrics.jsonl"))[-1]
+        last = read_records(Path("out", m["name"], "metrics.jsonl"))[-1]
         for key in ("ce", "matched", "mismatched", "retrieval_at_1", "mean_rank"):
             assert m[key] == pytest.approx(last[f"val_{key}"], abs=1e-5)
         run = load_run(Path("out", m["name"]), CPU)

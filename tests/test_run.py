@@ -300,7 +300,7 @@ def test_resuming_nothing_is_refused(tmp_path, monkeypatch, capsys):
 
 def test_resuming_for_longer_goes_on(out):
     train.main([*RESUME, "--max_iters=3", "--eval_interval=3"])
-    steps = [r["step"] for r in run.read_metrics(out / "default" / "metrics.jsonl") if "ce" in r]
+    steps = [r["step"] for r in run.read_records(out / "default" / "metrics.jsonl") if "ce" in r]
     assert steps == [0, 1, 2]
     assert load_run(out / "default", CPU).step == 3
 
@@ -448,6 +448,6 @@ def test_asking_for_more_pairs_than_there_are_gives_all(bpe):
 
 def test_metrics_lose_only_a_line_that_was_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert run.read_metrics(path) == []
+    assert run.read_records(path) == []
     path.write_text('{"step": 0, "ce": 5.5}\n{"step": 1, "ce": 4.5}\n{"step": 2, "c')
-    assert run.read_metrics(path) == [{"step": 0, "ce": 5.5}, {"step": 1, "ce": 4.5}]
+    assert run.read_records(path) == [{"step": 0, "ce": 5.5}, {"step": 1, "ce": 4.5}]
