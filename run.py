@@ -36,6 +36,14 @@ def join_processes(device: str) -> tuple[int, int]:
     return rank, world
 
 
+def leave_processes(world: int) -> None:
+    """End together. A process that leaves at once can deadlock: gloo's threads still have to let
+    go of the last tensors, for which they need the interpreter that waits for them to end."""
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
     """The device, and a function that opens the autocast context for its dtype."""
     if device == "auto":

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.nn.functional
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, fail, load_config
@@ -30,6 +29,7 @@ from run import (
     encode_pairs,
     exit_quietly,
     join_processes,
+    leave_processes,
     pick_device,
     read_checkpoint,
     read_records,
@@ -87,7 +87,7 @@ def forward_backward(
     n_labels = sum((rows.targets != -1).sum().item() for rows in batches)
     n_pairs = sum(keep.sum() for keep in with_jepa)  # examples that carry the JEPA term
     n_tokens = flops = 0
-    total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0, "loss": 0.0}
+    total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0}
     for numbers, keep, rows in zip(examples, with_jepa, batches):
         rows = Rows(*(t[mine] for t in rows))
         n_tokens += (rows.block != PAD).sum().item()
@@ -98,9 +98,10 @@ def forward_backward(
         ce = ce_sum / n_labels
         jepa = regularizer = torch.zeros((), device=device)
         if keep.any():
-            # Terms that compare examples see those of all processes; each takes its share of them.
+            # Terms that compare examples see those of all processes: each computes all of the
+            # loss, and of its gradient what its own examples cause.
             kept = torch.from_numpy(keep).to(device)
-            pred = gather(read_hidden(hidden, rows.block, layout.pred), world)[kept]  # (B, C)
+            pred = gather(read_hidden(hidden, rows.block, layout.pred), rank, world)[kept]  # (B, C)
             if apart:  # after the other pass: autocast caches its weights
                 n_kept = keep.sum()
                 even = np.resize(numbers[keep], -(-n_kept // world) * world)  # repeats a few
@@ -110,12 +111,12 @@ def forward_backward(
                 own = own.to(device)
                 with torch.no_grad(), autocast():
                     hidden = (ema or model)(own.idx, own.block)[0]
-                target = gather(read_hidden(hidden, own.block, layout.enc, config.pooling), world)
-                target = target[:n_kept]
+                target = read_hidden(hidden, own.block, layout.enc, config.pooling)
+                target = gather(target, rank, world)[:n_kept]
             else:
                 target = read_hidden(hidden, rows.block, layout.enc, config.pooling)
-                target = gather(target, world)[kept]
-            share = float(keep.sum() / n_pairs) / world
+                target = gather(target, rank, world)[kept]
+            share = float(keep.sum() / n_pairs)
             jepa = distance(pred, target, config.jepa_loss) * share
             if config.spread != "none" and len(pred) > 1:
                 regularizer = spread(pred, target, config.spread) * share
@@ -123,23 +124,29 @@ def forward_backward(
             config.jepa_weight * jepa + config.spread_weight * regularizer
         )
         (world * loss).backward()  # DistributedDataParallel takes the mean, we want the sum
-        for name, value in zip(total, (ce, jepa, regularizer, loss)):
+        for name, value in zip(total, (ce, jepa, regularizer)):
             total[name] += value.item()
     if world > 1:
-        sums = torch.tensor([*total.values(), n_tokens, flops], dtype=torch.float64, device=device)
+        sums = torch.tensor([total["ce"], n_tokens, flops], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)
-        *terms, n_tokens, flops = sums.tolist()
-        total, n_tokens, flops = dict(zip(total, terms)), int(n_tokens), int(flops)
+        total["ce"], n_tokens, flops = sums[0].item(), int(sums[1]), int(sums[2])
+    total["loss"] = config.ce_weight * total["ce"] + grown * (
+        config.jepa_weight * total["jepa"] + config.spread_weight * total["spread"]
+    )
     if not n_pairs:
         del total["jepa"], total["spread"]
     return total, n_tokens, flops
 
 
-def gather(x: torch.Tensor, world: int) -> torch.Tensor:
-    """Rows rank::world of every process, (B / world, C) -> all of them, (B, C), with gradient."""
+def gather(x: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    """Rows rank::world of every process, (B / world, C) -> all of them, (B, C); gradients flow to
+    one's own only."""
     if world == 1:
         return x
-    return torch.stack(torch.distributed.nn.functional.all_gather(x.contiguous()), 1).flatten(0, 1)
+    parts = [torch.empty_like(x) for _ in range(world)]
+    torch.distributed.all_gather(parts, x.detach().contiguous())
+    parts[rank] = x
+    return torch.stack(parts, 1).flatten(0, 1)
 
 
 def agree(stop_signal: int, world: int, device: torch.device) -> int:
@@ -278,6 +285,7 @@ def main(argv: list[str]) -> None:
             save_last()
         if stopping:
             print(f"saved {out_dir}/ckpt.pt at step {step}; --init_from=resume goes on from there")
+            leave_processes(world)
             raise SystemExit(128 + stopping)
         if last:
             break
@@ -322,8 +330,7 @@ def main(argv: list[str]) -> None:
                   f"{1e3 * took:.0f} ms | ETA {eta // 60:.0f}:{eta % 60:02.0f}", flush=True)
         step += 1
 
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    leave_processes(world)
     if rank:
         return
     print(f"done in {time.time() - started:.0f} s: {out_dir}/ckpt.pt; the pairs' embeddings are "
