@@ -8,17 +8,20 @@ problems in its form, which are never called GSM8K.
 
 import hashlib
 import json
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+import token_cache
 from config import Config, fail
 from regexes import regex_pairs
 from relations import Facts, relation_facts
 from synthetic import word_problems
 from tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer, word_tokenizer
-from views import Pairs, tokenize
+from views import Columns, Pairs, columns_of, fitting
 
 HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
 
@@ -26,8 +29,13 @@ HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
 # --- sources: where the pairs come from -------------------------------------------------------
 
 
-def load_rows(config: Config) -> tuple[dict[str, list[dict[str, str]]], str, str]:
+def load_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], str, str]:
     """Rows of each split as their source has them, the data set's name, and where from."""
+    files = jsonl_files(config)
+    if files:
+        source = files["train"].parent if config.dataset == "gsm8k" else files["train"]
+        rows = {split: read_jsonl(path, config.bad_lines) for split, path in files.items()}
+        return rows, Path(config.dataset).stem, str(source)
     if config.dataset == "word_problems":
         return generated_rows(), "word_problems", "synthetic.py"
     if config.dataset == "regex":
@@ -40,17 +48,10 @@ def load_rows(config: Config) -> tuple[dict[str, list[dict[str, str]]], str, str
     if config.dataset.endswith(".txt"):
         path = Path(config.dataset)
         return read_text(path), path.stem, str(path)
-    if config.dataset.endswith(".jsonl"):
-        path = Path(config.dataset)
-        return {"train": read_jsonl(path, config.bad_lines)}, path.stem, str(path)
     if config.dataset != "gsm8k":
         fail(f"dataset={config.dataset} is not gsm8k, word_problems, regex, relations, or the path "
              "of a .jsonl or .txt file")
     folder = Path(config.data_dir or f"data/{config.dataset}")
-    if (folder / "train.jsonl").exists():
-        splits = ("train", "test") if (folder / "test.jsonl").exists() else ("train",)
-        rows = {s: read_jsonl(folder / f"{s}.jsonl", config.bad_lines) for s in splits}
-        return rows, "gsm8k", str(folder)
     if config.data_dir:  # a copy of the hub's repository, or a mistake
         if not folder.is_dir() or not any(folder.iterdir()):
             fail(f"data_dir={config.data_dir} holds no train.jsonl; give the folder that does")
@@ -75,6 +76,17 @@ def load_rows(config: Config) -> tuple[dict[str, list[dict[str, str]]], str, str
         "  ******************************************************************************\n"
     )
     return generated_rows(), "word_problems", "synthetic.py"
+
+
+def jsonl_files(config: Config) -> dict[str, Path]:
+    """The files of pairs that the splits come from; none where they come from elsewhere."""
+    if config.dataset.endswith(".jsonl"):
+        return {"train": Path(config.dataset)}
+    folder = Path(config.data_dir or "data/gsm8k")
+    if config.dataset != "gsm8k" or not (folder / "train.jsonl").exists():
+        return {}
+    files = {split: folder / f"{split}.jsonl" for split in ("train", "test")}
+    return {split: path for split, path in files.items() if path.exists()}
 
 
 def generated_rows() -> dict[str, list[dict[str, str]]]:
@@ -127,31 +139,59 @@ def read_text(path: Path) -> dict[str, list[dict[str, str]]]:
     return {"train": rows[:cut], "val": rows[cut:]}
 
 
-def read_jsonl(path: Path, bad_lines: str) -> list[dict]:
-    """Rows of a JSONL file. A line that is no pair (see as_pair) is named as file:line, or
+class JsonLines(Sequence):
+    """Pairs in a file (see read_jsonl), parsed anew whenever asked for: memory holds no more than
+    the place of each line. sha256 is of all rows."""
+
+    def __init__(self, path: Path, places: np.ndarray, sha256: str):
+        self.path, self.places, self.sha256 = path, places, sha256
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, at):
+        if not isinstance(at, slice):
+            return self[at : at + 1][0]
+        pairs = []
+        with open(self.path, "rb") as file:
+            for place in self.places[at].tolist():
+                file.seek(place)
+                pairs.append(as_pair(json.loads(file.readline())))
+        return pairs
+
+    def take(self, rows: np.ndarray) -> "JsonLines":
+        return JsonLines(self.path, self.places[rows], self.sha256)
+
+
+def read_jsonl(path: Path, bad_lines: str) -> JsonLines:
+    """The pairs of a JSONL file. A line that is no pair (see as_pair) is named as file:line, or
     counted and left out with bad_lines="skip"."""
-    rows, bad = [], 0
+    places, end, n_bad, digest = array("q"), 0, 0, hashlib.sha256()
     try:
-        lines = path.read_bytes().split(b"\n")  # only "\n" ends a line: text may hold U+2028
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):  # only "\n" ends one: text may hold U+2028
+                begin, end = end, end + len(line)
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    as_pair(row)
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    if bad_lines == "error":
+                        fail(f"{path}:{number}: no pair of texts (question and answer, text and "
+                             "code, or messages); mend the line, or --bad_lines=skip leaves such "
+                             "lines out")
+                    n_bad += 1
+                    continue
+                places.append(begin)
+                digest.update(as_line(row))
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            as_pair(row)
-            rows.append(row)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            if bad_lines == "error":
-                fail(f"{path}:{number}: no pair of texts (question and answer, text and code, or "
-                     "messages); mend the line, or --bad_lines=skip leaves such lines out")
-            bad += 1
-    if bad:
-        print(f"{path}: left out {bad} bad lines, kept {len(rows)}")
-    if not rows:
+    if n_bad:
+        print(f"{path}: left out {n_bad} bad lines, kept {len(places)}")
+    if not places:
         fail(f"{path} holds no pair")
-    return rows
+    return JsonLines(path, np.array(places), digest.hexdigest())
 
 
 def as_pair(row: dict) -> dict[str, str]:
@@ -232,37 +272,34 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
     """Everything a run reads. `tokenizer` is a checkpoint's; None builds the config's own.
 
     Validation rows come out of train by a fixed permutation, the same for every seed and run
-    (the generator has its own validation split); test is never touched.
+    (the generator has its own validation split); test is never touched. The tokens of files are
+    kept for the next run (see token_cache).
     """
-    rows, name, source = load_rows(config)
-    digest = {split: sha256(r) for split, r in rows.items()}
-    if "val" not in rows:
-        order = np.random.default_rng(0).permutation(len(rows["train"]))
-        n_val = min(512, len(order) // 10)
-        train = rows["train"]
-        rows["val"] = [train[i] for i in order[:n_val]]
-        rows["train"] = [train[i] for i in np.sort(order[n_val:])]
-    if config.train_rows:
-        n_rows = len(rows["train"])
-        if config.train_rows > n_rows:
-            fail(f"train_rows={config.train_rows}: {source} has {n_rows} training rows")
-        chosen = np.random.default_rng(1).permutation(n_rows)[: config.train_rows]
-        rows["train"] = [rows["train"][i] for i in np.sort(chosen)]
-    if config.views != "facts" and not config.dataset.endswith(".txt"):
-        rows = {split: [as_pair(row) for row in some] for split, some in rows.items()}
-    if tokenizer is None and config.tokenizer == "words":
-        tokenizer = word_tokenizer(facts_of(config)[0].words())
-    elif tokenizer is None and config.tokenizer == "bpe":
-        train_texts = [row.get(key, "") for row in rows["train"] for key in ("text", "code")]
-        tokenizer = train_tokenizer(train_texts, config.bpe_vocab_size)
-    elif tokenizer is None:
-        tokenizer = gpt2_tokenizer()
+    if config.tokenizer == "gpt2":
+        tokenizer = tokenizer or gpt2_tokenizer()
+    files, folder = jsonl_files(config), None
+    if files and config.views != "split":  # which runs all text together
+        folder = token_cache.folder_of(files, config, tokenizer)
+    if folder and folder.exists():
+        provenance, tokenizer, columns = token_cache.read(folder)
+    else:
+        rows, provenance = split_rows(config)
+        tokenizer = tokenizer or tokenizer_for(rows["train"], config)
+        provenance |= {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256}
+        if folder:
+            chunks = {s: chunks_of(some, tokenizer, config) for s, some in rows.items()}
+            token_cache.write(folder, provenance, tokenizer, chunks)
+            columns = token_cache.read(folder)[-1]
+        else:
+            columns = {s: columns_of(some[:], tokenizer, config) for s, some in rows.items()}
 
+    name, source = provenance["dataset"], provenance["source"]
     pairs, left_out = {}, {}
-    for split in rows:
-        pairs[split], left_out[split] = tokenize(rows[split], tokenizer, config)
+    for split in columns:
+        pairs[split], left_out[split] = fitting(columns[split], tokenizer, config)
     counts = ", ".join(f"{split} {len(p)}" for split, p in pairs.items())
-    print(f"data {name} from {source}: {counts} pairs; sha256 of train {digest['train'][:12]}")
+    print(f"data {name} from {source}: {counts} pairs; "
+          f"sha256 of train {provenance['train_sha256'][:12]}")
     print(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} tokens, "
           f"train holds {pairs['train'].lengths[:, :2].sum():,}")
     usable = {split: int(p.has_target(np.arange(len(p))).sum()) for split, p in pairs.items()}
@@ -279,21 +316,67 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
         why = " with two steps" if config.views == "steps" else ""
         fail(f"{n_val} validation pairs{why} from {source}: mismatched cosine needs 2, and "
              "validation takes a tenth of train; bring at least 20 pairs")
-    provenance = {
-        "dataset": name, "source": source, "tokenizer": tokenizer.name,
-        "tokenizer_sha256": tokenizer.sha256,
-        **{f"{split}_rows": len(r) for split, r in rows.items()},
-        **{f"{split}_sha256": d for split, d in digest.items()},
-    }  # fmt: skip
     answers = {"gsm8k": "number", "word_problems": "number", "regex": "regex"}.get(name, "string")
     if answers == "number" and config.answer_view == "final":
         answers = "final"  # the answer is the number alone
     return Data(pairs, tokenizer, provenance, answers)
 
 
-def sha256(rows: list[dict[str, str]]) -> str:
+def split_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], dict]:
+    """Rows of train, val and perhaps test, as pairs where views are of pairs; and provenance."""
+    rows, name, source = load_rows(config)
+    digests = {f"{split}_sha256": sha256(some) for split, some in rows.items()}
+    if "val" not in rows:
+        order = np.random.default_rng(0).permutation(len(rows["train"]))
+        n_val = min(512, len(order) // 10)
+        rows["val"] = take(rows["train"], order[:n_val])
+        rows["train"] = take(rows["train"], np.sort(order[n_val:]))
+    if config.train_rows:
+        n_rows = len(rows["train"])
+        if config.train_rows > n_rows:
+            fail(f"train_rows={config.train_rows}: {source} has {n_rows} training rows")
+        chosen = np.random.default_rng(1).permutation(n_rows)[: config.train_rows]
+        rows["train"] = take(rows["train"], np.sort(chosen))
+    if config.views != "facts" and not config.dataset.endswith(".txt"):
+        rows = {split: some if isinstance(some, JsonLines) else [as_pair(row) for row in some]
+                for split, some in rows.items()}  # fmt: skip
+    counts = {f"{split}_rows": len(some) for split, some in rows.items()}
+    return rows, {"dataset": name, "source": source, **counts, **digests}
+
+
+def take(rows: Sequence, at: np.ndarray) -> Sequence:
+    return rows.take(at) if isinstance(rows, JsonLines) else [rows[i] for i in at]
+
+
+def tokenizer_for(train: Sequence[dict[str, str]], config: Config) -> Tokenizer:
+    """The tokenizer that a config without GPT-2's gets from its data."""
+    if config.tokenizer == "words":
+        return word_tokenizer(facts_of(config)[0].words())
+    texts = (row.get(key, "") for some in in_chunks(train) for row in some
+             for key in ("text", "code"))  # fmt: skip
+    return train_tokenizer(texts, config.bpe_vocab_size)
+
+
+def in_chunks(rows: Sequence, size: int = 10_000) -> Iterator[Sequence]:
+    return (rows[begin : begin + size] for begin in range(0, len(rows), size))
+
+
+def chunks_of(rows: Sequence, tokenizer: Tokenizer, config: Config) -> Iterator[Columns]:
+    first = 0
+    for some in in_chunks(rows):
+        yield columns_of(some, tokenizer, config, first)
+        first += len(some)
+
+
+def sha256(rows: Sequence[dict]) -> str:
     """Of the rows as JSON Lines: for GSM8K, from wherever, the sha256 of its published file."""
+    if isinstance(rows, JsonLines):
+        return rows.sha256
     digest = hashlib.sha256()
     for row in rows:
-        digest.update((json.dumps(row) + "\n").encode())
+        digest.update(as_line(row))
     return digest.hexdigest()
+
+
+def as_line(row: dict) -> bytes:
+    return (json.dumps(row) + "\n").encode()

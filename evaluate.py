@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from config import fail, parse_args
-from data import as_pair, load_data, read_jsonl, sha256
+from data import load_data, read_jsonl
 from model import GPT
 from regex_equivalence import equivalent
 from run import (
@@ -98,8 +98,8 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
         fail(f"{run.path} was trained on {trained_on['dataset']} from {trained_on['source']}, "
              f"other data than {data.provenance['source']} holds; --data_dir names a folder")
     if args.file:
-        rows = [as_pair(row) for row in read_jsonl(Path(args.file), config.bad_lines)]
-        pairs, n_rows, digest = tokenize(rows, run.tokenizer, config)[0], len(rows), sha256(rows)
+        rows = read_jsonl(Path(args.file), config.bad_lines)
+        pairs, n_rows, digest = tokenize(rows[:], run.tokenizer, config)[0], len(rows), rows.sha256
     elif args.split not in data.pairs:
         fail(f"{data.provenance['source']} has no {args.split} split; --split=val, or --file=...")
     else:

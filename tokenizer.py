@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
 import tiktoken
@@ -70,7 +71,7 @@ def gpt2_tokenizer() -> Tokenizer:
     return Tokenizer("gpt2", ranks)
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of the texts with `vocab_size` tokens, the two special ones included; fewer
     where the texts have too few pairs to merge."""
     import rustbpe

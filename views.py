@@ -85,9 +85,9 @@ class Rows(NamedTuple):
 class Pairs:
     """Tokenized examples of one split: a flat token stream and where each view lies in it.
 
-    tokens (N,) int32 and is_label (N,) bool: is it to be predicted? starts and lengths (n, 3)
-    int64, a column for TEXT, CODE and TARGET each. A TARGET of length 0: no JEPA term. asked (n,):
-    how many of the text's tokens are the question that generation starts from.
+    tokens (N,) int32 and is_label (N,) bool: is it to be predicted? starts (n, 3) int64 and lengths
+    (n, 3) int32, a column for TEXT, CODE and TARGET each. A TARGET of length 0: no JEPA term.
+    asked (n,): how many of the text's tokens are the question that generation starts from.
     """
 
     tokens: np.ndarray
@@ -209,17 +209,32 @@ class Example(NamedTuple):
     target: list[int] | None = None
 
 
-def tokenize(rows: list[dict[str, str]], tokenizer: Tokenizer, config: Config) -> tuple[Pairs, int]:
-    """Pairs of the rows, and how many were left out because a path is longer than block_size.
-    They are left out whole: a view that lost its end would lose where its embedding is read."""
+class Columns(NamedTuple):
+    """The arrays of Pairs, with every example in them, however long."""
+
+    tokens: np.ndarray
+    is_label: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    asked: np.ndarray
+
+
+def tokenize(rows, tokenizer: Tokenizer, config: Config) -> tuple[Pairs, int]:
+    """Pairs of the rows, and how many were left out (see fitting)."""
+    return fitting(columns_of(rows, tokenizer, config), tokenizer, config)
+
+
+def columns_of(
+    rows: list[dict[str, str]], tokenizer: Tokenizer, config: Config, first: int = 0
+) -> Columns:
+    """Rows as tokens; the first of them has number `first` in its split."""
     families = {"pairs": pair_views, "steps": step_views, "split": split_views, "facts": fact_views}
-    examples = families[config.views](rows, tokenizer, config)
     tokens, is_label, starts, lengths, asked = [], [], [], [], []
-    for text, question, code, target in examples:
+    for text, question, code, target in families[config.views](rows, tokenizer, config, first):
         begin = len(tokens)
         tokens += text + code
         unlabelled = 0 if config.labels == "all" else question
-        is_label += [i >= unlabelled for i in range(len(text))] + [True] * len(code)
+        is_label += [False] * unlabelled + [True] * (len(text) + len(code) - unlabelled)
         if target is None:
             target, target_begin = code, begin + len(text)
         else:
@@ -229,11 +244,19 @@ def tokenize(rows: list[dict[str, str]], tokenizer: Tokenizer, config: Config) -
         starts.append((begin, begin + len(text), target_begin))
         lengths.append((len(text), len(code), len(target)))
         asked.append(question)
-    starts, lengths = np.array(starts).reshape(-1, 3), np.array(lengths).reshape(-1, 3)
-    fits = longest_path(lengths, config) <= config.block_size
-    pairs = Pairs(np.array(tokens, np.int32), np.array(is_label, bool), starts[fits], lengths[fits],
-                  np.array(asked)[fits], config, tokenizer.vocab_size)  # fmt: skip
-    return pairs, int((~fits).sum())
+    return Columns(
+        np.array(tokens, np.int32), np.array(is_label, bool),
+        np.array(starts, np.int64).reshape(-1, 3), np.array(lengths, np.int32).reshape(-1, 3),
+        np.array(asked, np.int32),
+    )  # fmt: skip
+
+
+def fitting(columns: Columns, tokenizer: Tokenizer, config: Config) -> tuple[Pairs, int]:
+    """Pairs of the columns, and how many were left out because a path is longer than block_size.
+    They are left out whole: a view that lost its end would lose where its embedding is read."""
+    fits = longest_path(columns.lengths, config) <= config.block_size
+    by_example = columns[2:] if fits.all() else [column[fits] for column in columns[2:]]
+    return Pairs(*columns[:2], *by_example, config, tokenizer.vocab_size), int((~fits).sum())
 
 
 def longest_path(lengths: np.ndarray, config: Config) -> np.ndarray:
@@ -249,7 +272,7 @@ def longest_path(lengths: np.ndarray, config: Config) -> np.ndarray:
     return np.max([path(b) for b in layout.row], axis=0)
 
 
-def pair_views(rows, tokenizer: Tokenizer, config: Config) -> list[Example]:
+def pair_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[Example]:
     """Text and code of each row, each with its end mark. A system prompt that is kept stands
     before both views, but the language model reads it once."""
     systems = system_tokens(rows, tokenizer, config)
@@ -275,11 +298,11 @@ def code_view(code: str, answer_view: str) -> str:
     return code if answer_view == "full" else code.rpartition("####")[2].strip()
 
 
-def step_views(rows, tokenizer: Tokenizer, config: Config) -> list[Example]:
+def step_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[Example]:
     """Step-JEPA: text = question and the steps up to one, target = the next step alone, code = the
     rest of the answer. Labels are the whole answer: an ordinary causal language model."""
     pieces, has_pair = [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, first):
         steps = split_steps(row["code"])
         pairs = len(steps) - 1
         has_pair.append(pairs > 0)
@@ -318,7 +341,7 @@ def split_steps(code: str) -> list[str]:
     return steps if steps[-1].strip() else []
 
 
-def split_views(rows, tokenizer: Tokenizer, config: Config) -> list[Example]:
+def split_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[Example]:
     """Running text in blocks of block_size tokens, cut in two: the second half continues the first
     for the language model and is the target on its own. No end marks; labels="all" is usual.
     Pairs are run together, with a blank line after each."""
@@ -334,7 +357,7 @@ def split_views(rows, tokenizer: Tokenizer, config: Config) -> list[Example]:
     return [e for e in examples if e.code]
 
 
-def fact_views(rows, tokenizer: Tokenizer, config: Config) -> list[Example]:
+def fact_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[Example]:
     """Facts e1 r e2: labels on e2 alone, and the inverse fact is the target where there is one."""
     texts, codes, targets = (
         tokenizer.encode([row[key] for row in rows]) for key in ("text", "code", "target")

@@ -270,7 +270,7 @@ def test_resuming_with_another_config_names_what_changed(change, named, out, cap
 def test_resuming_on_other_data_is_refused(out, capsys, monkeypatch):
     before = bytes_of(out)
     monkeypatch.setattr(data, "generated_rows", lambda: few_rows(seed=1))
-    assert "train_sha256, val_sha256 changed" in error_line(capsys, train.main, RESUME)
+    assert "train_sha256, val_sha256, " in error_line(capsys, train.main, RESUME)
     monkeypatch.setattr(data, "generated_rows", lambda: {**few_rows(), "val": few_rows(1)["val"]})
     assert ": val_sha256 changed" in error_line(capsys, train.main, RESUME)
     assert bytes_of(out) == before
