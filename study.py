@@ -2,12 +2,14 @@
 
     python study.py coarse [--dataset=pairs.jsonl] [--jobs=2] [--key=value ...]
     python study.py final  [...]            the arms that are left, five seeds each
-    python study.py few | variants [...]    a quarter of the rows; every variant for a short run
+    python study.py main --train_rows=500 --out_dir=out/study-500 [...]    the three main ones
+    python study.py variants [...]          every variant for a short run
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished. Compared are greedy exact match on 512 validation
 questions, at several points of training and so of compute, and the collapse panel. Writes
-results.json, study.png and the table in README.md's form.
+results.json, study.png and the table in README.md's form. --ask=val, test or a file of pairs has
+the trained models answer those too, of a file the first 2,000 whose answer none was trained on.
 """
 
 import json
@@ -18,8 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, check, convert, fail, find_recipe, read_recipe
-from run import exit_quietly, read_records, versions
+from data import load_data, read_jsonl
+from evaluate import SHARES, Args, evaluate
+from run import exit_quietly, load_run, pick_device, read_records, versions
 from sweep import Cell, mean_sd, number, train_cells
+from views import CODE
 
 RECIPE = "nlrx_jepa"
 BASE = dict(
@@ -29,6 +34,11 @@ BASE = dict(
 CROSS = dict(spread="cross", spread_weight=0.6)
 NCE = dict(jepa_loss="infonce", jepa_weight=0.05, jepa_warmup_iters=0)
 DEFAULT = dict(jepa_weight=0.3, **CROSS)
+MAIN = {
+    "λ 0": dict(jepa_weight=0.0),
+    "cosine λ .3, cross": dict(jepa_weight=0.3, **CROSS),
+    "InfoNCE λ .05": NCE,
+}
 STAGES = {
     "variants": ((0,), {name: dict(DEFAULT, max_iters=500, **options) for name, options in {
         "tree (the default)": {}, "isolated": dict(layout="isolated"), "plan": dict(layout="plan"),
@@ -58,19 +68,16 @@ STAGES = {
         "plan, λ 0": dict(layout="plan", jepa_weight=0.0),
         "plan, InfoNCE λ .05": dict(NCE, layout="plan"),
         "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
+        "cosine λ .3, cross, lr 5e-4": dict(jepa_weight=0.3, learning_rate=5e-4, **CROSS),
+        "cosine λ .3, cross, lr 2e-3": dict(jepa_weight=0.3, learning_rate=2e-3, **CROSS),
+        "InfoNCE λ .05, lr 5e-4": dict(NCE, learning_rate=5e-4),
     }),
     "final": (range(5), {
-        "λ 0": dict(jepa_weight=0.0),
-        "cosine λ .3, cross": dict(jepa_weight=0.3, **CROSS),
-        "InfoNCE λ .05": NCE,
-        "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
+        **MAIN,
         "λ 0, equal compute": dict(jepa_weight=0.0, max_iters=1395),
+        "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
     }),
-    "few": (range(3), {
-        "500 rows, λ 0": dict(jepa_weight=0.0, train_rows=500),
-        "500 rows, cosine λ .3, cross": dict(jepa_weight=0.3, train_rows=500, **CROSS),
-        "500 rows, InfoNCE λ .05": dict(NCE, train_rows=500),
-    }),
+    "main": (range(5), MAIN),
 }  # fmt: skip
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
 PANEL = ("val_matched", "val_mismatched", "val_retrieval_at_1", "val_effective_rank")
@@ -87,6 +94,7 @@ def main(argv: list[str]) -> None:
     jobs = given.pop("jobs", "1")
     if not jobs.isdecimal() or int(jobs) < 1:
         fail(f"jobs={jobs} must be a whole number, at least 1")
+    questions = given.pop("ask", "")
     given = {key: convert(Config, key, text, "on the command line") for key, text in given.items()}
     seeds, arms = STAGES[stage]
     folder = Path(given.pop("out_dir", f"out/study-{stage}"))
@@ -112,6 +120,36 @@ def main(argv: list[str]) -> None:
         json.dumps({"provenance": provenance, "arms": results, "options": arms}, indent=1) + "\n")
     draw(results, provenance).savefig(folder / "study.png", dpi=120)
     print(f"wrote {folder / 'results.json'} and study.png")
+    if questions:
+        by_arm = {arm: [cells[arm, seed] for seed in seeds] for arm in results}
+        print("\n".join(ask(by_arm, questions, folder)))
+
+
+def ask(arms: dict[str, list[Cell]], questions: str, folder: Path) -> list[str]:
+    """A Markdown row per arm: what its models answer right of a split, or of what is new to them
+    in a file of pairs."""
+    args = Args(split=questions)
+    if questions not in ("val", "test"):
+        data = load_data(next(iter(arms.values()))[0].config)  # all arms train on the same rows
+        train = data.pairs["train"]
+        known = {data.tokenizer.decode(train.view(row, CODE)) for row in range(len(train))}
+        new = [row for row in read_jsonl(Path(questions), "error")[:] if row["code"] not in known]
+        args = Args(file=str(folder / f"new-{Path(questions).name}"))
+        Path(args.file).write_text("".join(json.dumps(row) + "\n" for row in new[:2000]))
+    device, autocast = pick_device("auto", "auto")
+    lines, reference = [], None
+    for arm, cells in arms.items():
+        found = [evaluate(load_run(cell.folder, device), args, autocast)[0] for cell in cells]
+        if reference is None:
+            reference = [summary["exact"] for summary in found]
+            keys = [key for key in SHARES if key in found[0]]
+            lines = [f"| arm, on {found[0]['n']} of {questions} | n | {' | '.join(keys)} | p |",
+                     "|---|---|" + "---|" * (len(keys) + 1)]  # fmt: skip
+        exact = [summary["exact"] for summary in found]
+        p = f"{paired_t(exact, reference):.2g}" if len(lines) > 2 and len(exact) > 1 else ""
+        cells = [shown([summary[key] for summary in found], 3) for key in keys]
+        lines.append(f"| {arm} | {len(found)} | {' | '.join(cells)} | {p} |")
+    return lines
 
 
 def make_cell(folder: Path, arm: str, options: dict, seed: int) -> Cell:
