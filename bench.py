@@ -1,10 +1,11 @@
 """How fast is it, on this machine, and against what?
 
-    python bench.py [RECIPE] [--key=value ...] [--parts=training,generation,data,profile]
+    python bench.py [RECIPE] [--key=value ...] [--parts=training,generation,...]
 
 training    a JEPA step over a plain one; against nanoGPT's step and the official two-row one
 generation  against recomputing every token, and against transformers on the same weights
-data        from the file to the first batch, in a fresh process
+data        from a file to the first batch in a fresh process, up to a million pairs
+curves      a step's time against the length and the number of rows
 profile     where a step's time goes; the trunk's FLOP/s against the fastest matrix product here
 
 What is compared takes turns in one process, so that a machine whose speed drifts slows all alike;
@@ -14,12 +15,14 @@ need, is not in requirements.txt; without it they are left out.
 """
 
 import json
-import math
 import os
 import platform
+import random
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -27,29 +30,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from config import Config, fail, load_config
 from data import Data, load_data
 from model import GPT, PAD
+from peers import (
+    as_transformers,
+    generate_theirs,
+    nanogpt_step,
+    official_step,
+    transformers,
+    update,
+)
 from run import exit_quietly, pick_device, versions
 from train import forward_backward, make_optimizer
 from views import CODE, TEXT, Pairs
 
-try:
-    import transformers
-except ImportError:
-    transformers = None
 NO_TRANSFORMERS = "transformers is not installed: left out what is compared with it"
 
 ROUNDS = 10  # of each comparison, after one that is not counted
-SLOW_ROUNDS = 5  # of generation, where a round takes a minute
-OFFICIAL_EXAMPLES = 4  # in a step of the official recipe: its logits of 16 would take 20 GB
+SLOW_ROUNDS = 5  # where a round takes a minute
 NEW_TOKENS = 128
+ROWS = (10_000, 100_000, 1_000_000)  # of made-up files
+TOKENS = 2048  # of a step whose rows have one of these lengths
+LENGTHS = (64, 128, 256, 512, 1024)
+BATCHES = (4, 8, 32, 64)
 
 
 def main(argv: list[str]) -> None:
-    known = {"training": training, "generation": generation, "data": loading, "profile": profile}
+    known = {"training": training, "generation": generation, "data": loading, "curves": curves,
+             "profile": profile}
     if {"-h", "--help"} & set(argv):
         print(f"--parts=a,b,...  of {', '.join(known)}; all by default. Beyond that, as train.py:")
     wanted = [arg.removeprefix("--parts=") for arg in argv if arg.startswith("--parts=")]
@@ -161,46 +171,23 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
 
         return step
 
-    plain = PlainGPT(replace(config, n_pred=0), V, (None,)).to(device)
-    plain_optimizer = make_optimizer(plain, config)
-    stream = torch.from_numpy(pairs.tokens.astype(np.int64))
-
-    def nanogpt(dtype):
-        def step(number):
-            T = config.block_size
-            rng = torch.Generator().manual_seed(number)
-            at = torch.randint(len(stream) - T, (max(1, round(n_tokens / T)),), generator=rng)
-            idx, targets = (
-                torch.stack([stream[i + shift : i + shift + T] for i in at]).to(device)
-                for shift in (0, 1)
-            )
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = plain(idx, targets)
-            loss.backward()
-            update(plain, plain_optimizer, config)
-            return idx.numel()
-
-        return step
-
-    arms: Arms = {name: ours(variant) for name, variant in variants.items()}
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    for name, dtype in dtypes.items():
-        arms[f"nanoGPT, {name}"] = nanogpt(dtype)
-    if transformers:
-        official = empty_gpt2(config, V + config.n_pred).to(device).train()
-        official_optimizer = make_optimizer(official, config)
-        for name, dtype in dtypes.items():
-            arms[f"official two rows, {name}"] = official_step(
-                official, official_optimizer, pairs, variants["JEPA"], device, dtype
-            )
-
     # Every other step carries JEPA under dropout .5, as half of all steps do.
     pairs.config = half
     carry, spare = [], []
     for step in range(100):
         (carry if pairs.with_jepa(pairs.batch(step), step, 0).any() else spare).append(step)
     steps = [step for both in zip(carry, spare) for step in both]
+    arms: Arms = {name: ours(variant) for name, variant in variants.items()}
     rounds = take_turns(arms, [steps[-1], *steps[:ROUNDS]], device)
+
+    against: Arms = {name: arms[name] for name in ("CE only", "JEPA")}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        against[f"nanoGPT, {name}"] = nanogpt_step(pairs, config, lambda: n_tokens, device, dtype)
+        if transformers:
+            against[f"official two rows, {name}"] = official_step(
+                pairs, variants["JEPA"], device, dtype
+            )
+    peers = take_turns(against, [steps[-1], *steps[:SLOW_ROUNDS]], device)
     pairs.config = config
 
     # nanoGPT has a label at every token, our rows at the answer's only: part of the difference.
@@ -211,7 +198,7 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
     print(f"\ntraining, real (unpadded) tokens, {answers:.0%} of our plain row's in the answer")
     print(f"{'':<30}{'ms a step':>10}{'tokens/s':>10}"
           f"{'step over CE only':>22}")
-    for name, seen in rounds.items():
+    for name, seen in {**peers, **rounds}.items():
         seconds, over = seen[:, 0], None
         if name in variants:
             over = seconds / base
@@ -224,89 +211,15 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
                                  "tokens_per_second": tokens_per_second}  # fmt: skip
         print(f"{name:<30}{results['arms'][name]['ms']:>10,.0f}"
               f"{tokens_per_second['median']:>10,.0f}{shown(over) if over else '':>22}")
-    for name in rounds:
+    for name, seen in peers.items():
         ours_is = "CE only" if name.startswith("nanoGPT") else "JEPA"
         if name not in variants:
-            ratio = spread_of(rate(rounds[ours_is]) / rate(rounds[name]))
+            ratio = spread_of(rate(peers[ours_is]) / rate(seen))
             results["ratios"][f"{ours_is} over {name}"] = ratio
             print(f"{ours_is} has {shown(ratio)} times the tokens/s of {name}")
     if not transformers:
         print(NO_TRANSFORMERS)
     return results
-
-
-def update(model: torch.nn.Module, optimizer, config: Config) -> None:
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-class PlainGPT(GPT):
-    """The same GPT as nanoGPT runs it: full causal windows through torch's fused attention, logits
-    and F.cross_entropy at every position, the mean over them."""
-
-    def forward(self, idx, targets):
-        B, T = idx.shape
-        x = self.drop(self.wte(idx) + self.wpe(torch.arange(T, device=idx.device)))
-        for layer in self.h:
-            attn = layer.attn
-            q, k, v = attn.c_attn(layer.ln_1(x)).split(x.size(-1), dim=-1)
-            q, k, v = (t.view(B, T, attn.n_head, -1).transpose(1, 2) for t in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
-            y = y.transpose(1, 2).contiguous().view(B, T, -1)
-            x = x + attn.dropout(attn.c_proj(y))
-            x = x + layer.mlp(layer.ln_2(x))
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
-
-
-def empty_gpt2(config: Config, vocab_size: int):
-    """transformers' GPT-2 of our size and with our GELU, without dropout."""
-    sizes = transformers.GPT2Config(
-        vocab_size=vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-        n_layer=config.n_layer, n_head=config.n_head, activation_function="gelu",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(sizes)
-
-
-def official_step(model, optimizer, pairs: Pairs, config: Config, device, dtype):
-    """A step of the official recipe: per example a row [q a], with labels, and a row [q P | a],
-    whose halves an additive mask keeps apart, in one batch; padded to block_size; logits
-    everywhere; the gradient through both views. Its tokens are those that our row needs."""
-    T, k, V = config.block_size, config.n_pred, pairs.vocab_size
-
-    def step(number):
-        pairs.config = config
-        rows = pairs.batch(number)
-        rows = rows[pairs.lengths[rows][:, [TEXT - 1, CODE - 1]].sum(1) + k <= T]
-        rows = rows[:OFFICIAL_EXAMPLES]
-        B = len(rows)
-        n_tokens = (pairs.pack(rows, pairs.layout.row).block != PAD).sum().item()
-        idx = torch.zeros(2 * B, T, dtype=torch.long)
-        labels = torch.full((2 * B, T), -100)
-        mask = torch.full((2 * B, 1, T, T), -math.inf).triu(1)
-        pred_at, enc_at = torch.empty(B, dtype=torch.long), torch.empty(B, dtype=torch.long)
-        for i, row in enumerate(rows):
-            q, a = pairs.view(row, TEXT), pairs.view(row, CODE)
-            both = torch.tensor(q + a)
-            idx[i, : len(both)] = both
-            labels[i, len(q) : len(both)] = both[len(q) :]
-            q = q + [V + j for j in range(k)]
-            idx[B + i, : len(q) + len(a)] = torch.tensor(q + a)
-            mask[B + i, 0, len(q) :, : len(q)] = -math.inf
-            pred_at[i], enc_at[i] = len(q) - 1, len(q) + len(a) - 1
-        idx, labels, mask = idx.to(device), labels.to(device), mask.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = model(input_ids=idx, attention_mask=mask, labels=labels,
-                        output_hidden_states=True, use_cache=False)
-        hidden, at = out.hidden_states[-1], torch.arange(B, 2 * B)
-        cosine = F.cosine_similarity(hidden[at, pred_at].float(), hidden[at, enc_at].float())
-        (out.loss + config.jepa_weight * (1 - cosine).mean()).backward()
-        update(model, optimizer, config)
-        return n_tokens
-
-    return step
 
 
 # --- generation -------------------------------------------------------------------------------
@@ -367,86 +280,111 @@ def generation(config: Config, data: Data, device, autocast, argv) -> dict:
     return results
 
 
-def as_transformers(model: GPT, config: Config):
-    """Our weights as transformers' GPT-2, float32."""
-    theirs = empty_gpt2(config, model.vocab_size).eval()
-    weights = model.state_dict()
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            name = name.removeprefix("transformer.")
-            if name not in weights:  # a bias that ours does without
-                p.zero_()
-            elif name.startswith("h.") and p.dim() == 2:  # theirs is (in, out)
-                p.copy_(weights[name].T)
-            else:
-                p.copy_(weights[name])
-    return theirs.to(model.wte.weight.device)
-
-
-def generate_theirs(theirs, prompts: list[list[int]], new_tokens: int, eot: int) -> torch.Tensor:
-    """(B, new_tokens) greedy continuations by transformers, prompts padded on the left."""
-    width = max(map(len, prompts))
-    idx = torch.tensor([[eot] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = theirs.generate(
-        input_ids=idx.to(theirs.device), attention_mask=mask.to(theirs.device),
-        max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=eot,
-    )  # fmt: skip
-    assert out.shape == (len(prompts), width + new_tokens)
-    return out[:, width:]
-
-
 # --- data -------------------------------------------------------------------------------------
 
-# What a fresh process does until it has a batch, twice.
+# What a fresh process does until it has a batch.
 FRESH = """
 import json, resource, sys, time
-start = time.perf_counter()
 from config import load_config
 from data import load_data
-imported = time.perf_counter()
 config = load_config(sys.argv[1:])
-seconds = [imported - start]
-for _ in range(2):
-    begin = time.perf_counter()
-    train = load_data(config).pairs["train"]
-    train.pack(train.batch(0), train.layout.row)
-    seconds.append(time.perf_counter() - begin)
-print(json.dumps([*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+begin = time.perf_counter()
+train = load_data(config).pairs["train"]
+train.pack(train.batch(0), train.layout.row)
+seconds = time.perf_counter() - begin
+print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(train)]))
 """
 
 
 def loading(config: Config, data: Data, device, autocast, argv) -> dict:
-    """From the file to the first batch, in fresh processes: with the files dropped from the
-    system's memory first, and with them in it."""
-    source = Path(data.provenance["source"])
-    files = [source] if source.is_file() else sorted(source.glob("*.jsonl"))
+    """From a file to the first batch in fresh processes: cold, and warm with its tokens on disk.
+    Then files of more and more pairs, 20 words each."""
+    source = Path(data.provenance["source"]).resolve()
+    own = [f"--{'dataset' if source.is_file() else 'data_dir'}={source}"] if source.exists() else []
     here = str(Path(__file__).resolve().parent)
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    seen = {"files not in memory": [], "files in memory": []}
-    for number in range(SLOW_ROUNDS + 1):
-        for name, rounds in seen.items():
-            if name == "files not in memory" and hasattr(os, "posix_fadvise"):
-                for file in files:
-                    with open(file, "rb") as f:
-                        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            begin = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", FRESH, *argv], capture_output=True,
-                                  text=True, env={**os.environ, "PYTHONPATH": path})
-            wall = time.perf_counter() - begin
-            if done.returncode:
-                fail(f"a fresh process could not load the data: {done.stderr.strip()[-200:]}")
-            imports, first, again, peak = json.loads(done.stdout.splitlines()[-1])
-            megabytes = peak / (1e6 if sys.platform == "darwin" else 1e3)
-            if number:
-                rounds.append((wall - again, imports, first, again, megabytes))
-    columns = ("process to batch, s", "imports, s", "file to batch, s", "once more, s", "peak, MB")
-    print(f"\ndata {data.provenance['dataset']}, {len(data.pairs['train'])} training pairs, fresh "
-          f"processes\n{'':<22}" + "".join(f"{c:>21}" for c in columns))
     results = {"rounds": SLOW_ROUNDS}
-    for name, rounds in seen.items():
-        results[name] = {c: spread_of(values) for c, values in zip(columns, zip(*rounds))}
-        print(f"{name:<22}" + "".join(f"{v['median']:>21,.2f}" for v in results[name].values()))
+    print(f"\nfrom file to first batch{'':<8}{'training pairs':>16}{'cold, s':>10}{'warm, s':>10}"
+          f"{'peak, MB':>12}{'warm':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        sets = {data.provenance["dataset"]: own}
+        for n in ROWS:
+            sets[f"{n:,} pairs"] = [f"--dataset={make_pairs(Path(folder) / f'{n}.jsonl', n)}"]
+        for name, options in sets.items():
+            seen = {"cold": [], "warm": []}
+            for _ in range(SLOW_ROUNDS):
+                shutil.rmtree(Path(folder) / "out", ignore_errors=True)
+                for rounds in seen.values():
+                    done = subprocess.run(
+                        [sys.executable, "-c", FRESH, *argv, *options], capture_output=True,
+                        text=True, cwd=folder, env={**os.environ, "PYTHONPATH": path},
+                    )  # fmt: skip
+                    if done.returncode:
+                        fail(f"a fresh process could not load: {done.stderr.strip()[-200:]}")
+                    seconds, peak, n_pairs = json.loads(done.stdout.splitlines()[-1])
+                    rounds.append((seconds, peak / (1e6 if sys.platform == "darwin" else 1e3)))
+            results[name] = {"pairs": n_pairs}
+            for state, rounds in seen.items():
+                seconds, megabytes = zip(*rounds)
+                results[name][state] = {"seconds": spread_of(seconds), "MB": spread_of(megabytes)}
+            cold, warm = results[name]["cold"], results[name]["warm"]
+            print(f"{name:<32}{n_pairs:>16,}{cold['seconds']['median']:>10.2f}"
+                  f"{warm['seconds']['median']:>10.2f}{cold['MB']['median']:>12,.0f}"
+                  f"{warm['MB']['median']:>8,.0f}")
+    return results
+
+
+def make_pairs(path: Path, n: int) -> Path:
+    """A file of n pairs of made-up words, all different."""
+    r = random.Random(0)
+    words = [a + b for a in "bcdfghklmnprst" for b in ("ar", "en", "il", "od", "un", "ast", "ell")]
+    with open(path, "w") as file:
+        for i in range(n):
+            row = {"text": f"{' '.join(r.choices(words, k=12))} {i}",
+                   "code": f"{i} {' '.join(r.choices(words, k=8))}"}  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+# --- curves -----------------------------------------------------------------------------------
+
+
+def curves(config: Config, data: Data, device, autocast, argv) -> dict:
+    """A step's time as rows grow longer and as there are more of them."""
+    V = data.tokenizer.vocab_size
+    shapes = [(TOKENS // T, T) for T in LENGTHS] + [(B, LENGTHS[1]) for B in BATCHES]
+    config = replace(config, block_size=max(LENGTHS) + config.n_pred, dropout=0.0,
+                     gradient_accumulation_steps=1, jepa_dropout=0.0)  # fmt: skip
+    torch.manual_seed(config.seed)
+    model = GPT(config, V, data.pairs["train"].layout.parents).to(device)
+    optimizer = make_optimizer(model, config)
+    arms: Arms = {}
+    for B, T in shapes:  # text and code are a half each
+        rng = np.random.default_rng(0)
+        half, starts = T // 2, np.arange(B)[:, None] * T
+        pairs = Pairs(
+            rng.integers(V, size=B * T, dtype=np.int32), np.ones(B * T, bool),
+            starts + np.array([0, half, half]), np.tile([half, T - half, T - half], (B, 1)),
+            np.full(B, half), replace(config, batch_size=B), V,
+        )  # fmt: skip
+
+        def step(_, pairs=pairs):
+            n_tokens = forward_backward(model, pairs, 0, device, autocast)[1]
+            update(model, optimizer, config)
+            return n_tokens
+
+        arms[f"{B} x {T}"] = step
+    rounds = take_turns(arms, list(range(SLOW_ROUNDS + 1)), device)
+    results = {"rounds": SLOW_ROUNDS, "shapes": {}}
+    print(f"\na step of rows x tokens of text and code{'ms':>12}{'us a token':>12}")
+    for name, seen in rounds.items():
+        each = spread_of(1e6 * seen[:, 0] / seen[:, 1])
+        results["shapes"][name] = {"ms": spread_of(1e3 * seen[:, 0]), "us_per_token": each}
+        print(f"{name:<40}{1e3 * statistics.median(seen[:, 0]):>12,.0f}{each['median']:>12.1f}")
+    long, longer = (f"{TOKENS // T} x {T}" for T in LENGTHS[-2:])
+    power = 1 + spread_of(np.log2(rate(rounds[long]) / rate(rounds[longer])))["median"]
+    results["power_of_length"] = power
+    print(f"doubling the longest rows makes one cost 2^{power:.2f} (attention alone: 2^2)")
     return results
 
 

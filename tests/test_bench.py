@@ -9,6 +9,7 @@ from conftest import TINY, error_line, sums
 
 import bench
 import data
+import peers
 from config import Config
 from model import GPT
 
@@ -18,7 +19,7 @@ SIZES = Config(n_layer=2, n_head=2, n_embd=32, block_size=32, n_pred=0)
 
 def test_plain_gpt_is_our_gpt_with_a_label_everywhere():
     """So what bench.py measures against computes the same loss, by other means."""
-    plain, gpt = bench.PlainGPT(SIZES, V, (None,)), GPT(SIZES, V, (None, None))
+    plain, gpt = peers.PlainGPT(SIZES, V, (None,)), GPT(SIZES, V, (None, None))
     gpt.load_state_dict(plain.state_dict())
     idx, targets = torch.randint(V, (2, 3, 32))
     loss = plain(idx, targets)
@@ -39,11 +40,11 @@ def test_transformers_gets_our_weights_and_gives_our_answers():
                 p.mul_(8)  # strong opinions, so that rounding decides nothing
         gpt.wte.weight[V - 1] = 0  # practically never said: no row stops early
     prompts = [[5, 9, 2, 40, 13], [21], [8, 30, 12]]
-    theirs = bench.as_transformers(gpt, SIZES)
+    theirs = peers.as_transformers(gpt, SIZES)
     idx = torch.arange(20)[None]
     logits = gpt.lm_head(gpt.hidden(idx, torch.ones_like(idx)))
     torch.testing.assert_close(theirs(idx).logits, logits, rtol=1e-3, atol=1e-3)
-    rows = bench.generate_theirs(theirs, prompts, 12, V - 1)
+    rows = peers.generate_theirs(theirs, prompts, 12, V - 1)
     assert rows.tolist() == gpt.generate(prompts, 12, V - 1, temperature=0)
 
 
@@ -53,7 +54,10 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = {"train": sums(200), "val": sums(70, 500)}
     monkeypatch.setattr(data, "load_rows", lambda config: (dict(rows), "sums", "test"))
-    for name, value in (("ROUNDS", 4), ("SLOW_ROUNDS", 2), ("NEW_TOKENS", 16)):
+    for name, value in (
+        ("ROUNDS", 4), ("SLOW_ROUNDS", 2), ("NEW_TOKENS", 16), ("ROWS", (300,)), ("TOKENS", 128),
+        ("LENGTHS", (8, 16, 32)), ("BATCHES", (2,)),
+    ):
         monkeypatch.setattr(bench, name, value)
 
     def run(*argv):
@@ -88,11 +92,15 @@ def test_training_and_profile_report_every_arm(small, capsys):
     assert "trunk, forward" in capsys.readouterr().out
 
 
-def test_generation_and_data_report_every_arm(small):
-    results = small("--parts=generation")
+def test_generation_data_and_curves_report_every_arm(small):
+    results = small("--parts=generation,data,curves", "--block_size=256")
     batches = results["parts"]["generation"]["batches"]
     assert set(batches) == {"1", "16", "64"} and "without a cache" in batches["64"]
-    assert all(math.isfinite(n) and n > 0 for n in numbers(batches))
+    loading, curves = (results["parts"][part] for part in ("data", "curves"))
+    assert loading["300 pairs"]["pairs"] == 270  # a tenth is for validation
+    assert {"cold", "warm"} < set(loading["sums"])
+    assert set(curves["shapes"]) == {"16 x 8", "8 x 16", "4 x 32", "2 x 16"}
+    assert all(math.isfinite(n) and n > 0 for n in numbers([batches, loading, curves["shapes"]]))
 
 
 def test_without_transformers_the_rest_runs_and_says_so(small, monkeypatch, capsys):
