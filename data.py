@@ -281,7 +281,7 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
     if files and config.views != "split":  # which runs all text together
         folder = token_cache.folder_of(files, config, tokenizer)
     if folder and folder.exists():
-        provenance, tokenizer, columns = token_cache.read(folder)
+        provenance, tokenizer, columns = token_cache.read(folder, tokenizer)
     else:
         rows, provenance = split_rows(config)
         tokenizer = tokenizer or tokenizer_for(rows["train"], config)
@@ -289,7 +289,7 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
         if folder:
             chunks = {s: chunks_of(some, tokenizer, config) for s, some in rows.items()}
             token_cache.write(folder, provenance, tokenizer, chunks)
-            columns = token_cache.read(folder)[-1]
+            columns = token_cache.read(folder, tokenizer)[-1]
         else:
             columns = {s: columns_of(some[:], tokenizer, config) for s, some in rows.items()}
 

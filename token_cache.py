@@ -1,8 +1,8 @@
 """Tokens of files of pairs, on disk: a later run maps them into memory and starts at once.
 
-    folder_of(files, config, tokenizer)         where they lie, named by all that they depend on
-    write(folder, provenance, tokenizer, ...)   whole or not at all
-    read(folder)                                the same, the columns mapped
+    folder_of(files, config, tokenizer)  where they lie, named by all that they depend on
+    write(folder, provenance, ...)       whole or not at all
+    read(folder, tokenizer)              the same, the columns mapped
 
 Everything is under out/tokens/, which can be deleted whenever no run uses it.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, fail
-from tokenizer import Tokenizer, gpt2_tokenizer
+from tokenizer import Tokenizer
 from views import Columns
 
 FORMATS = {"tokens": (np.int32, (-1,)), "is_label": (bool, (-1,)), "starts": (np.int64, (-1, 3)),
@@ -77,11 +77,14 @@ def write(
         shutil.rmtree(unfinished)
 
 
-def read(folder: Path) -> tuple[dict, Tokenizer, dict[str, Columns]]:
-    """What `write` was given."""
+def read(
+    folder: Path, tokenizer: Tokenizer | None
+) -> tuple[dict, Tokenizer, dict[str, Columns]]:
+    """What `write` was given. `tokenizer` as in folder_of: None reads it too."""
     provenance, splits = json.loads((folder / "about.json").read_text())
-    own, name = folder / "tokenizer", provenance["tokenizer"]
-    tokenizer = Tokenizer.parse(name, own.read_text()) if own.exists() else gpt2_tokenizer()
+    if tokenizer is None:
+        ranks = (folder / "tokenizer").read_text()
+        tokenizer = Tokenizer.parse(provenance["tokenizer"], ranks)
     columns = {split: Columns(*(mapped(folder / f"{split}.{name}", dtype, shape)
                                 for name, (dtype, shape) in FORMATS.items()))
                for split in splits}  # fmt: skip

@@ -93,7 +93,7 @@ def test_the_checkpoints_tokenizer_is_taken(config):
 def test_of_two_writers_one_wins_and_nothing_is_left_behind(config, monkeypatch):
     first, ours = load_data(config), folders()
     (folder,) = [data.Path("out/tokens") / name for name in ours]
-    provenance, tokenizer, columns = token_cache.read(folder)
+    provenance, tokenizer, columns = token_cache.read(folder, None)
     token_cache.write(folder, provenance, tokenizer, {s: [c] for s, c in columns.items()})
     assert folders() == ours
     assert_same(first, load_data(config))
