@@ -2,8 +2,8 @@
 
     python study.py coarse [--dataset=pairs.jsonl] [--jobs=2] [--key=value ...]
     python study.py final  [...]            the arms that are left, five seeds each
-    python study.py main --train_rows=500 --out_dir=out/study-500 [...]    the three main ones
-    python study.py variants [...]          every variant for a short run
+    python study.py two --train_rows=500 --out_dir=out/study-500 [...]    two of them, other data
+    python study.py main | variants [...]   three of them; every variant for a short run
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished. Compared are greedy exact match on 512 validation
@@ -81,6 +81,7 @@ STAGES = {
         "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
     }),
     "main": (range(5), MAIN),
+    "two": (range(5), {arm: MAIN[arm] for arm in ("λ 0", "InfoNCE λ .05")}),
 }  # fmt: skip
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
 PANEL = ("val_matched", "val_mismatched", "val_retrieval_at_1", "val_effective_rank")
