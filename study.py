@@ -1,9 +1,9 @@
 """The study of English → regex: which JEPA setting, if any, beats the plain language model?
 
     python study.py coarse [--dataset=pairs.jsonl] [--jobs=2] [--key=value ...]
-    python study.py final  [...]            the arms that are left, five seeds each
-    python study.py two --train_rows=500 --out_dir=out/study-500 [...]    two of them, other data
-    python study.py main | variants [...]   three of them; every variant for a short run
+    python study.py main   [...]            the arms that are left, five seeds each
+    python study.py two --dataset=... --out_dir=out/study-... [...]       two of them, other data
+    python study.py longer | variants [...] twice as long; every variant for a short run
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished. Compared are greedy exact match on 512 validation
@@ -75,13 +75,12 @@ STAGES = {
         "cosine λ .5, sigreg .02": dict(jepa_weight=0.5, spread="sigreg", spread_weight=0.02),
         "cosine λ .5, vicreg .1": dict(jepa_weight=0.5, spread="vicreg", spread_weight=0.1),
     }),
-    "final": (range(5), {
-        **MAIN,
-        "λ 0, equal compute": dict(jepa_weight=0.0, max_iters=840),
-        "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
-    }),
     "main": (range(5), MAIN),
     "two": (range(5), {arm: MAIN[arm] for arm in ("λ 0", "InfoNCE λ .05")}),
+    "longer": (range(5, 10), {  # other seeds, as many operations in both arms on Turk
+        "λ 0, 1,645 steps": dict(jepa_weight=0.0, max_iters=1645, eval_interval=411),
+        "InfoNCE λ .05, 1,200 steps": dict(NCE, max_iters=1200, eval_interval=300),
+    }),
 }  # fmt: skip
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
 PANEL = ("val_matched", "val_mismatched", "val_retrieval_at_1", "val_effective_rank")
