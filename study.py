@@ -15,6 +15,7 @@ the trained models answer those too, of a file the first 2,000 whose answer none
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,13 +132,13 @@ def main(argv: list[str]) -> None:
 def ask(arms: dict[str, list[Cell]], questions: str, folder: Path) -> list[str]:
     """A Markdown row per arm: what its models answer right of a split, or of what is new to them
     in a file of pairs."""
-    args = Args(split=questions)
+    args = Args(split=questions, score="regex")
     if questions not in ("val", "test"):
         data = load_data(next(iter(arms.values()))[0].config)  # all arms train on the same rows
         train = data.pairs["train"]
         known = {data.tokenizer.decode(train.view(row, CODE)) for row in range(len(train))}
         new = [row for row in read_jsonl(Path(questions), "error")[:] if row["code"] not in known]
-        args = Args(file=str(folder / f"new-{Path(questions).name}"))
+        args = replace(args, file=str(folder / f"new-{Path(questions).name}"))
         Path(args.file).write_text("".join(json.dumps(row) + "\n" for row in new[:2000]))
     device, autocast = pick_device("auto", "auto")
     lines, reference = [], None
