@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_line, sums
+from conftest import TINY, error_line, sums
 
 import evaluate
+import train
 from config import Config
 from evaluate import answer, mcnemar, number, score, wilson
 from tokenizer import train_tokenizer
@@ -172,6 +173,16 @@ def test_a_file_of_pairs(trained, capsys):
     run("--file=mine.jsonl", "--score=number")
     results = json.loads((trained / "accuracy-mine.json").read_text())
     assert (results["n"], results["left_out"]) == (6, 1)  # what was not answered is wrong
+
+
+def test_validation_that_came_out_of_train_is_answered_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(60)))
+    train.main([*TINY, "--dataset=sums.jsonl", "--eval_pairs=6"])
+    run("--score=regex")
+    results = json.loads(Path("out/tiny/accuracy-val.json").read_text())
+    assert results["n"] == 6 and results["equivalent"] >= results["exact"]
 
 
 def test_mistakes_are_one_line(trained, capsys):
