@@ -233,9 +233,10 @@ def draw(results: dict[str, dict], about: dict):
     gap.set(xlabel="cosine, matched − mismatched", ylabel="retrieval@1")
     data = about["data"]
     figure.suptitle(f"English → regex, {data['train_rows']} rows of {data['dataset']}")
-    figure.supxlabel(f"seeds {about['seeds']}, mean ± sd; train sha256 {data['train_sha256'][:12]}, "
-                     f"commit {about['commit']}, torch {about['torch']}, {about['time']}",
-                     fontsize=7, color="grey")  # fmt: skip
+    figure.supxlabel(
+        f"seeds {about['seeds']}, mean ± sd; train sha256 {data['train_sha256'][:12]}, commit "
+        f"{about['commit']}, torch {about['torch']}, {about['time']}", fontsize=7, color="grey",
+    )  # fmt: skip
     return figure
 
 
