@@ -104,6 +104,7 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
         fail(f"{data.provenance['source']} has no {args.split} split; --split=val, or --file=...")
     else:
         pairs, n_rows = data.pairs[args.split], data.provenance[f"{args.split}_rows"]
+        # Validation that came out of train is known by train's digest.
         digest = data.provenance.get(f"{args.split}_sha256", data.provenance["train_sha256"])
     left_out = n_rows - len(pairs)  # longer than block_size: not answered, so wrong
     kind = data.answers if args.score == "auto" else args.score

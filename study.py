@@ -32,16 +32,11 @@ BASE = dict(
     train_rows=2000, system_prompt="drop", max_iters=600, eval_interval=150, eval_answers=512,
     eval_pairs=512, log_interval=50, spread="none", spread_weight=0.0,
 )  # fmt: skip
-# How the variants were run, before these two were found to cost λ = 0 a sixth of its accuracy.
-EARLIER = dict(labels="answer", bpe_vocab_size=1024, max_iters=500, eval_interval=250)
-CROSS = dict(spread="cross", spread_weight=0.6)
+# How the variants were run, before the first two were found to cost λ = 0 a sixth of its accuracy.
+EARLIER = dict(labels="answer", bpe_vocab_size=1024, min_lr=2e-4, max_iters=500, eval_interval=250)
 NCE = dict(jepa_loss="infonce", jepa_weight=0.05, jepa_warmup_iters=0)
-DEFAULT = dict(jepa_weight=0.3, **CROSS)
-MAIN = {
-    "λ 0": dict(jepa_weight=0.0),
-    "cosine λ .3, cross": dict(jepa_weight=0.3, **CROSS),
-    "InfoNCE λ .05": NCE,
-}
+DEFAULT = dict(jepa_weight=0.3, spread="cross", spread_weight=0.6)
+MAIN = {"λ 0": dict(jepa_weight=0.0), "cosine λ .3, cross": DEFAULT, "InfoNCE λ .05": NCE}
 STAGES = {
     "variants": ((0,), {name: dict(DEFAULT, **EARLIER, **options) for name, options in {
         "tree (the default)": {}, "isolated": dict(layout="isolated"), "plan": dict(layout="plan"),
@@ -61,15 +56,15 @@ STAGES = {
         "λ 0": dict(jepa_weight=0.0),
         "λ 0, lr 2e-3": dict(jepa_weight=0.0, learning_rate=2e-3),
         "λ 0, lr 5e-4": dict(jepa_weight=0.0, learning_rate=5e-4),
-        "cosine λ .3, cross": dict(jepa_weight=0.3, **CROSS),
-        "cosine λ .3, cross, lr 2e-3": dict(jepa_weight=0.3, learning_rate=2e-3, **CROSS),
-        "cosine λ .3, cross, lr 5e-4": dict(jepa_weight=0.3, learning_rate=5e-4, **CROSS),
+        "cosine λ .3, cross": DEFAULT,
+        "cosine λ .3, cross, lr 2e-3": dict(DEFAULT, learning_rate=2e-3),
+        "cosine λ .3, cross, lr 5e-4": dict(DEFAULT, learning_rate=5e-4),
         "InfoNCE λ .05": NCE,
         "InfoNCE λ .05, lr 2e-3": dict(NCE, learning_rate=2e-3),
         "InfoNCE λ .05, lr 5e-4": dict(NCE, learning_rate=5e-4),
         "cosine λ 1": dict(jepa_weight=1.0, jepa_warmup_iters=0),
         "InfoNCE λ .05, stop_grad": dict(NCE, stop_grad=True),
-        "cosine λ .3, cross, k 4": dict(jepa_weight=0.3, n_pred=4, **CROSS),
+        "cosine λ .3, cross, k 4": dict(DEFAULT, n_pred=4),
         "plan, λ 0": dict(layout="plan", jepa_weight=0.0),
         "plan, InfoNCE λ .05": dict(NCE, layout="plan"),
         "InfoNCE λ .2, LD .75": dict(NCE, jepa_weight=0.2, jepa_dropout=0.75),
@@ -141,18 +136,17 @@ def ask(arms: dict[str, list[Cell]], questions: str, folder: Path) -> list[str]:
         args = replace(args, file=str(folder / f"new-{Path(questions).name}"))
         Path(args.file).write_text("".join(json.dumps(row) + "\n" for row in new[:2000]))
     device, autocast = pick_device("auto", "auto")
-    lines, reference = [], None
-    for arm, cells in arms.items():
-        found = [evaluate(load_run(cell.folder, device), args, autocast)[0] for cell in cells]
-        if reference is None:
-            reference = [summary["exact"] for summary in found]
-            keys = [key for key in SHARES if key in found[0]]
-            lines = [f"| arm, on {found[0]['n']} of {questions} | n | {' | '.join(keys)} | p |",
-                     "|---|---|" + "---|" * (len(keys) + 1)]  # fmt: skip
-        exact = [summary["exact"] for summary in found]
-        p = f"{paired_t(exact, reference):.2g}" if len(lines) > 2 and len(exact) > 1 else ""
-        cells = [shown([summary[key] for summary in found], 3) for key in keys]
-        lines.append(f"| {arm} | {len(found)} | {' | '.join(cells)} | {p} |")
+    found = {arm: [evaluate(load_run(cell.folder, device), args, autocast)[0] for cell in cells]
+             for arm, cells in arms.items()}  # fmt: skip
+    first = next(iter(found.values()))
+    reference = [summary["exact"] for summary in first]
+    lines = [f"| arm, on {first[0]['n']} of {questions} | n | {' | '.join(SHARES)} | p |",
+             "|---|---|" + "---|" * (len(SHARES) + 1)]  # fmt: skip
+    for arm, summaries in found.items():
+        shares = {key: [summary[key] for summary in summaries] for key in SHARES}
+        cells = [shown(values, 3) for values in shares.values()]
+        p = "" if summaries is first else shown_p(shares["exact"], reference)
+        lines.append(f"| {arm} | {len(summaries)} | {' | '.join(cells)} | {p} |")
     return lines
 
 
@@ -181,8 +175,7 @@ def table(results: dict[str, dict]) -> list[str]:
         last = {key: [curve[-1] for curve in r[key]] for key in r}
         midway = [curve[len(curve) // 2 - 1] for curve in r["val_exact"]]
         reference = reference or last["val_exact"]
-        same = last["val_exact"] is reference or len(reference) < 2
-        p = "" if same else f"{paired_t(last['val_exact'], reference):.2g}"
+        p = shown_p(last["val_exact"], reference)
         cells = [shown(last[key], 3) for key in ("val_prefix", "val_stopped", "val_ce")]
         cells += [shown(last[key], 1 if "rank" in key else 2) for key in PANEL]
         lines.append(f"| {arm} | {len(midway)} | {statistics.fmean(last['flops']) / 1e12:.1f} | "
@@ -193,6 +186,12 @@ def table(results: dict[str, dict]) -> list[str]:
 
 def shown(values: list[float], digits: int) -> str:
     return number(*mean_sd(values), digits)
+
+
+def shown_p(values: list[float], reference: list[float]) -> str:
+    """Empty for the reference itself, and for a single seed."""
+    same = values is reference or len(values) < 2
+    return "" if same else f"{paired_t(values, reference):.2g}"
 
 
 def paired_t(a: list[float], b: list[float]) -> float:

@@ -92,6 +92,6 @@ def read(
 
 
 def mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    if not path.exists() or path.stat().st_size == 0:  # an empty split
+    if not path.exists():  # an empty split
         return np.empty(0, dtype).reshape(shape)
     return np.asarray(np.memmap(path, dtype, "r")).reshape(shape)

@@ -2,7 +2,7 @@
 
     python train.py config/gsm8k_jepa.py [--key=value ...]      (--help lists the keys)
 
-A flat script: read main() from top to bottom. The objective is the line that sets `loss`.
+A flat script: read main() from top to bottom. The loss: `objective`, below.
 """
 
 import copy
@@ -88,6 +88,12 @@ def forward_backward(
     n_pairs = sum(keep.sum() for keep in with_jepa)  # examples that carry the JEPA term
     n_tokens = flops = 0
     total = {"ce": 0.0, "jepa": 0.0, "spread": 0.0}
+
+    def objective(ce, jepa, regularizer):
+        return config.ce_weight * ce + grown * (
+            config.jepa_weight * jepa + config.spread_weight * regularizer
+        )
+
     for numbers, keep, rows in zip(examples, with_jepa, batches):
         rows = Rows(*(t[mine] for t in rows))
         n_tokens += (rows.block != PAD).sum().item()
@@ -120,9 +126,7 @@ def forward_backward(
             jepa = distance(pred, target, config.jepa_loss) * share
             if config.spread != "none" and len(pred) > 1:
                 regularizer = spread(pred, target, config.spread) * share
-        loss = config.ce_weight * ce + grown * (
-            config.jepa_weight * jepa + config.spread_weight * regularizer
-        )
+        loss = objective(ce, jepa, regularizer)
         (world * loss).backward()  # DistributedDataParallel takes the mean, we want the sum
         for name, value in zip(total, (ce, jepa, regularizer)):
             total[name] += value.item()
@@ -130,9 +134,7 @@ def forward_backward(
         sums = torch.tensor([total["ce"], n_tokens, flops], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)
         total["ce"], n_tokens, flops = sums[0].item(), int(sums[1]), int(sums[2])
-    total["loss"] = config.ce_weight * total["ce"] + grown * (
-        config.jepa_weight * total["jepa"] + config.spread_weight * total["spread"]
-    )
+    total["loss"] = objective(*total.values())
     if not n_pairs:
         del total["jepa"], total["spread"]
     return total, n_tokens, flops

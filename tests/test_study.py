@@ -55,6 +55,20 @@ def test_a_stage_runs_to_its_table_and_picks_up_where_it_was(tmp_path, monkeypat
     study.main(["tiny", "--dataset=sums.jsonl"])
     again = capsys.readouterr().out
     assert again.count("was finished") == 2
+
+    rows = [*sums(120), *sums(9, 5000)]  # all of the first were trained on or held out
+    Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for questions in ("val", "more.jsonl"):
+        study.main(["tiny", "--dataset=sums.jsonl", f"--ask={questions}"])
+        table = f"of {questions} | n | exact | prefix | stopped | equivalent | p |"
+        assert table in capsys.readouterr().out
+    new = [json.loads(line) for line in (folder / "new-more.jsonl").read_text().splitlines()]
+    options = {**study.BASE, **tiny, "dataset": "sums.jsonl"}
+    data = study.load_data(study.make_cell(folder, "λ 0", options, 0).config)
+    train = data.pairs["train"]
+    known = {data.tokenizer.decode(train.view(row, study.CODE)) for row in range(len(train))}
+    assert 9 <= len(new) < 129 - 64 and not known & {row["code"] for row in new}
+    capsys.readouterr()
     assert first[first.index("| arm") :] == again[again.index("| arm") :]
 
 
