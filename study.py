@@ -3,7 +3,7 @@
     python study.py coarse [--dataset=pairs.jsonl] [--jobs=2] [--key=value ...]
     python study.py main   [...]            the arms that are left, five seeds each
     python study.py two --dataset=... --out_dir=out/study-... [...]       two of them, other data
-    python study.py longer | variants [...] twice as long; every variant for a short run
+    python study.py rivals | longer | variants [...]    regularizers; twice as long; every variant
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished. Compared are greedy exact match on 512 validation
@@ -73,6 +73,15 @@ STAGES = {
     }),
     "main": (range(5), MAIN),
     "two": (range(5), {arm: MAIN[arm] for arm in ("λ 0", "InfoNCE λ .05")}),
+    "rivals": (range(5), {  # what else might do what JEPA does, and more of JEPA
+        "λ 0": MAIN["λ 0"],
+        "λ 0, dropout .1": dict(jepa_weight=0.0, dropout=0.1),
+        "InfoNCE λ .05": NCE,
+        "InfoNCE λ .05, dropout .1": dict(NCE, dropout=0.1),
+        "InfoNCE λ .05, k 4": dict(NCE, n_pred=4),
+        "InfoNCE λ .05, stop_grad": dict(NCE, stop_grad=True),
+        "InfoNCE λ .05, growing": dict(NCE, jepa_warmup_iters=300),
+    }),
     "longer": (range(5, 10), {  # other seeds, as many operations in both arms on Turk
         "λ 0, 1,645 steps": dict(jepa_weight=0.0, max_iters=1645, eval_interval=411),
         "InfoNCE λ .05, 1,200 steps": dict(NCE, max_iters=1200, eval_interval=300),
