@@ -19,10 +19,12 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from config import fail, parse_args
 from data import load_data, read_jsonl
-from model import GPT
+from model import GPT, read_hidden
 from regex_equivalence import equivalent
 from run import (
     Run,
@@ -34,7 +36,7 @@ from run import (
     versions,
 )
 from tokenizer import Tokenizer
-from views import CODE, TEXT, Pairs, tokenize
+from views import CODE, TARGET, TEXT, Example, Pairs, stacked, tokenize
 
 SHARES = ("exact", "prefix", "stopped", "equivalent")
 
@@ -50,6 +52,10 @@ class Args:
     max_new_tokens: int = 0  # at most; 0 is the length of the longest answer in train
     batch_size: int = 64  # questions at a time
     score: str = "auto"  # auto (by the data) | number | string | regex
+    # choosing among several answers to a question
+    samples: int = 0  # drawn beside the greedy answer; the best of all is given
+    temperature: float = 0.7  # of what is drawn
+    judge: float = 0.0  # best: log-probability + this times the cosine of Pred and Enc
     # where
     device: str = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
@@ -63,8 +69,12 @@ def main(argv: list[str]) -> None:
              "at least 1")
     if args.score not in ("auto", "number", "string", "regex"):
         fail(f"score={args.score} is not one of auto, number, string, regex")
-    if args.n < 0 or args.max_new_tokens < 0:
-        fail(f"n={args.n} and max_new_tokens={args.max_new_tokens} must not be below 0")
+    for key in ("n", "max_new_tokens", "samples", "judge"):
+        if getattr(args, key) < 0:
+            fail(f"{key}={getattr(args, key)} must not be below 0")
+    if args.temperature <= 0 or (args.judge and not args.samples):
+        fail(f"temperature={args.temperature} must be above 0; judge={args.judge} chooses among "
+             f"several answers, samples={args.samples} gives none")
     device, autocast = pick_device(args.device, args.dtype)
     results = []
     for path in [Path(name) for name in names] or runs_newest_first()[:1]:
@@ -92,6 +102,12 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
         use = "eval_relations.py" if config.views == "facts" else "eval_alignment.py"
         fail(f"{run.path} was trained with views={config.views}, which asks no question; "
              f"{use} measures it")
+    if args.samples and config.views != "pairs":
+        fail(f"{run.path}: samples={args.samples} are judged as pairs, but it was trained with "
+             f"views={config.views}")
+    if args.judge and not config.jepa_weight:
+        print(f"{run.name} was trained without JEPA, so its cosines judge nothing: judge=0 for it")
+        args = replace(args, judge=0.0)
     data = load_data(config, run.tokenizer)
     trained_on = run.provenance["data"]
     if data.provenance["train_sha256"] != trained_on["train_sha256"]:
@@ -117,10 +133,12 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     about = {
         "run": run.name, "step": run.step, "questions": args.file or args.split, "n": n,
         "questions_sha256": digest, "max_new_tokens": limit, "score": kind,
+        "samples": args.samples, "temperature": args.temperature, "judge": args.judge,
         "trained": run.provenance, "seed": config.seed, "recipe": config.recipe, **versions(),
     }  # fmt: skip
     names = [] if run.path.stem == "ckpt" else [run.path.stem]
     names += [Path(args.file).stem] if args.file else [args.split] if args.split != "test" else []
+    names += [f"best-of-{args.samples + 1}-judge-{args.judge:g}"] if args.samples else []
     path = run.path.parent / ("-".join(["generations", *names]) + ".jsonl")
     records = resumable(path, about)
     if records:
@@ -133,7 +151,8 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     started, n_before = time.time(), len(records)
     for begin in range(0, len(todo), args.batch_size):
         batch = todo[begin : begin + args.batch_size]
-        new = answer(run.model, run.tokenizer, pairs, batch, limit, autocast, kind)
+        new = answer(run.model, run.tokenizer, pairs, batch, limit, autocast, kind,
+                     args.samples, args.temperature, args.judge)
         with open(path, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in new)
         records += new
@@ -159,7 +178,8 @@ def resumable(path: Path, about: dict) -> list[dict]:
     """The answers in a file that was begun for the same checkpoint and questions; a line that a
     kill cut short is dropped."""
     records = read_records(path)
-    same = ("run", "step", "questions_sha256", "n", "max_new_tokens", "score", "trained", "torch")
+    same = ("run", "step", "questions_sha256", "n", "max_new_tokens", "score", "samples",
+            "temperature", "judge", "trained", "torch")  # fmt: skip
     if not records or any(records[0].get(key) != about[key] for key in same):
         return []
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -173,15 +193,20 @@ def longest_answer(pairs: Pairs) -> int:
 
 def answer(
     model: GPT, tokenizer: Tokenizer, pairs: Pairs, rows: list[int], max_new_tokens: int, autocast,
-    kind: str = "string",
+    kind: str = "string", samples: int = 0, temperature: float = 0.7, judge: float = 0.0,
 ) -> list[dict]:
-    """Greedy answers of the model to examples `rows` of a split, as one batch, and their scores."""
+    """Answers of the model to examples `rows` of a split, as one batch, and their scores: the
+    greedy ones or, with `samples`, the best of those and as many drawn ones."""
     was_training, started = model.training, time.time()
     model.eval()
+    prompts, eot = [pairs.prompt(row) for row in rows], tokenizer.eot
     with autocast():
-        outputs = model.generate(
-            [pairs.prompt(row) for row in rows], max_new_tokens, tokenizer.eot, temperature=0
-        )
+        outputs = model.generate(prompts, max_new_tokens, eot, temperature=0)
+        if samples:
+            repeated = [prompt for prompt in prompts for _ in range(samples)]
+            drawn = model.generate(repeated, max_new_tokens, eot, temperature=temperature)
+            asked = [row for row in rows for _ in range(samples)]
+            outputs = best(model, pairs, rows + asked, outputs + drawn, judge, eot)
     model.train(was_training)
     seconds = (time.time() - started) / len(rows)
     records = []
@@ -196,6 +221,52 @@ def answer(
             **score(output, target, kind), "tokens": len(ids), "seconds": seconds,
         })  # fmt: skip
     return records
+
+
+def best(
+    model: GPT, pairs: Pairs, rows: list[int], answers: list[list[int]], judge: float, eot: int
+) -> list[list[int]]:
+    """Of the answers to each question, the one of highest log-probability + judge * cosine. One
+    that did not end by itself is taken only if none did. `rows` (m,) says what is answered."""
+    of = {row: [] for row in rows}
+    for row, ids in zip(rows, answers):
+        of[row].append(ids)
+    for row, found in of.items():
+        ended = [ids for ids in found if ids[-1] == eot]
+        of[row] = list(map(list, dict.fromkeys(map(tuple, ended or found[:1]))))
+    rows, answers = zip(*((row, ids) for row, found in of.items() for ids in found))
+    log_p, cosine = judged(model, pairs, rows, answers)
+    chosen = {}
+    for row, ids, points in zip(rows, answers, (log_p + judge * cosine).tolist()):
+        if row not in chosen or points > chosen[row][0]:
+            chosen[row] = points, ids
+    return [ids for _, ids in chosen.values()]
+
+
+@torch.no_grad()
+def judged(model: GPT, pairs: Pairs, rows, answers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each answer after its question, in nats, and the cosine of Pred(question)
+    and Enc(answer): (m,) each. Question i is example rows[i], its answer the tokens answers[i]."""
+    examples = []
+    for row, ids in zip(rows, answers):
+        text, code, target = (pairs.view(row, block) for block in (TEXT, CODE, TARGET))
+        system = target[: len(target) - len(code)]
+        examples.append(Example(text, len(text), ids, system + ids))
+    config = replace(pairs.config, labels="answer")
+    candidates = Pairs(*stacked(examples, config), config, pairs.vocab_size)
+    layout, device = pairs.layout, model.wte.weight.device
+    log_p, cosine = torch.empty(len(rows)), torch.empty(len(rows))
+    for at in np.array_split(np.arange(len(rows)), -(-len(rows) // 16)):
+        idx, block, targets = candidates.pack(at, layout.row).to(device)
+        hidden, labelled = model.hidden(idx, block), targets != -1
+        logits = model.lm_head(hidden[labelled]).float()
+        loss = torch.zeros(targets.shape, device=device)
+        loss[labelled] = F.cross_entropy(logits, targets[labelled], reduction="none")
+        log_p[at] = -loss.sum(1).cpu()
+        pred = read_hidden(hidden, block, layout.pred).float()
+        enc = read_hidden(hidden, block, layout.enc, pairs.config.pooling).float()
+        cosine[at] = F.cosine_similarity(pred, enc).cpu()
+    return log_p, cosine
 
 
 # --- scores -----------------------------------------------------------------------------------

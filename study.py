@@ -9,7 +9,8 @@ An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/st
 same command again skips what is finished. Compared are greedy exact match on 512 validation
 questions, at several points of training and so of compute, and the collapse panel. Writes
 results.json, study.png and the table in README.md's form. --ask=val, test or a file of pairs has
-the trained models answer those too, of a file the first 2,000 whose answer none was trained on.
+the trained models answer those too, of a file the first 2,000 whose answer none was trained on;
+--samples and --judge choose among several answers, as in evaluate.py.
 """
 
 import json
@@ -102,7 +103,10 @@ def main(argv: list[str]) -> None:
     jobs = given.pop("jobs", "1")
     if not jobs.isdecimal() or int(jobs) < 1:
         fail(f"jobs={jobs} must be a whole number, at least 1")
-    questions = given.pop("ask", "")
+    asking = {"split": given.pop("ask", "")}
+    for key in ("samples", "judge"):
+        if key in given:
+            asking[key] = convert(Args, key, given.pop(key), "on the command line")
     given = {key: convert(Config, key, text, "on the command line") for key, text in given.items()}
     seeds, arms = STAGES[stage]
     folder = Path(given.pop("out_dir", f"out/study-{stage}"))
@@ -128,15 +132,15 @@ def main(argv: list[str]) -> None:
         json.dumps({"provenance": provenance, "arms": results, "options": arms}, indent=1) + "\n")
     draw(results, provenance).savefig(folder / "study.png", dpi=120)
     print(f"wrote {folder / 'results.json'} and study.png")
-    if questions:
+    if asking["split"]:
         by_arm = {arm: [cells[arm, seed] for seed in seeds] for arm in results}
-        print("\n".join(ask(by_arm, questions, folder)))
+        print("\n".join(ask(by_arm, Args(score="regex", **asking), folder)))
 
 
-def ask(arms: dict[str, list[Cell]], questions: str, folder: Path) -> list[str]:
+def ask(arms: dict[str, list[Cell]], args: Args, folder: Path) -> list[str]:
     """A Markdown row per arm: what its models answer right of a split, or of what is new to them
     in a file of pairs."""
-    args = Args(split=questions, score="regex")
+    questions = args.split
     if questions not in ("val", "test"):
         data = load_data(next(iter(arms.values()))[0].config)  # all arms train on the same rows
         train = data.pairs["train"]
@@ -149,7 +153,8 @@ def ask(arms: dict[str, list[Cell]], questions: str, folder: Path) -> list[str]:
              for arm, cells in arms.items()}  # fmt: skip
     first = next(iter(found.values()))
     reference = [summary["exact"] for summary in first]
-    lines = [f"| arm, on {first[0]['n']} of {questions} | n | {' | '.join(SHARES)} | p |",
+    drawn = f", best of {args.samples + 1}, judge {args.judge:g}" if args.samples else ""
+    lines = [f"| arm, on {first[0]['n']} of {questions}{drawn} | n | {' | '.join(SHARES)} | p |",
              "|---|---|" + "---|" * (len(SHARES) + 1)]  # fmt: skip
     for arm, summaries in found.items():
         shares = {key: [summary[key] for summary in summaries] for key in SHARES}

@@ -229,8 +229,13 @@ def columns_of(
 ) -> Columns:
     """Rows as tokens; the first of them has number `first` in its split."""
     families = {"pairs": pair_views, "steps": step_views, "split": split_views, "facts": fact_views}
+    return stacked(families[config.views](rows, tokenizer, config, first), config)
+
+
+def stacked(examples: list[Example], config: Config) -> Columns:
+    """Examples one after another."""
     tokens, is_label, starts, lengths, asked = [], [], [], [], []
-    for text, question, code, target in families[config.views](rows, tokenizer, config, first):
+    for text, question, code, target in examples:
         begin = len(tokens)
         tokens += text + code
         unlabelled = 0 if config.labels == "all" else question

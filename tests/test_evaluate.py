@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from conftest import TINY, error_line, sums
 import evaluate
 import train
 from config import Config
-from evaluate import answer, mcnemar, number, score, wilson
+from evaluate import answer, best, judged, mcnemar, number, score, wilson
+from model import GPT
 from tokenizer import train_tokenizer
 from views import tokenize
 
@@ -88,7 +90,8 @@ def pairs_of(rows, **options):
     texts = [row[key] for row in rows for key in ("question", "answer")]
     tokenizer = train_tokenizer(texts, 320)
     config = Config(block_size=128, **options)
-    pairs = [{"text": r["question"], "code": r["answer"], "system": ""} for r in rows]
+    pairs = [{"text": r["question"], "code": r["answer"], "system": r.get("system", "")}
+             for r in rows]  # fmt: skip
     return tokenize(pairs, tokenizer, config)[0], tokenizer
 
 
@@ -108,6 +111,58 @@ def test_an_oracle_scores_one_and_silence_nothing(options):
             assert (r["output"], r["exact"], r["prefix"], r["stopped"]) == ("", False, False, True)
     cut = answer(Oracle(known), tokenizer, pairs, [3], 4, torch.no_grad, "string")[0]
     assert (cut["stop"], cut["stopped"], cut["exact"], cut["tokens"]) == ("length", False, False, 4)
+
+
+def a_model(pairs):
+    """Weights ten times the usual size, so that its answers differ."""
+    config = replace(pairs.config, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config, pairs.vocab_size, pairs.layout.parents).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10 if p.dim() == 2 else 1)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"labels": "all"}, {"layout": "plan"}, {"n_pred": 3}])
+def test_answers_are_judged_as_each_one_is_alone(options):
+    """Against a row per answer without padding: its own softmax at every token, and both views."""
+    rows = [{**row, "system": "Add." * (i % 2)} for i, row in enumerate(sums(6))]
+    pairs, tokenizer = pairs_of(rows, **options)
+    model, k, V = a_model(pairs), pairs.config.n_pred, pairs.vocab_size
+    answers = [[*tokenizer.encode([text])[0], tokenizer.eot] for text in ("1", "5+3=8\n#### 8", "")]
+    of = [0, 0, 1, 2, 3, 3, 5]
+    answers = [answers[i % 3] for i in range(len(of))]
+    log_p, cosine = judged(model, pairs, of, answers)
+    for row, ids, p, cos in zip(of, answers, log_p, cosine):
+        prompt = pairs.prompt(row)
+        idx = torch.tensor([prompt + ids])
+        hidden = model.hidden(idx, torch.ones_like(idx))[0]
+        chances = model.lm_head(hidden).log_softmax(-1)
+        at = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
+        assert p == pytest.approx(sum(chances[i, t].item() for i, t in zip(at, ids)), abs=1e-3)
+        asked = torch.tensor([pairs.view(row, 1) + [V + i for i in range(k)]])
+        system = tokenizer.encode([rows[row]["system"] + "\n"])[0] if rows[row]["system"] else []
+        alone = torch.tensor([system + ids])
+        pred, enc = (model.hidden(view, torch.ones_like(view))[0, -1] for view in (asked, alone))
+        assert cos == pytest.approx(torch.cosine_similarity(pred, enc, dim=0).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("judge", [0.0, 1e6])
+def test_the_best_of_several_answers(judge):
+    """The likeliest, or the one nearest to the prediction, of those that ended by themselves."""
+    pairs, tokenizer = pairs_of(sums(4))
+    model, eot = a_model(pairs), tokenizer.eot
+    texts = ["#### 1", "#### 2", "#### 3", "#### 4", "1+1=2"]
+    ended = [[*ids, eot] for ids in tokenizer.encode(texts)]
+    rows = [2, 0] + [2] * 3 + [0] * 3
+    cut = [tokenizer.encode(["5"])[0]]
+    given = [cut[0], ended[0], *ended[1:4], *ended[3:], ended[0]]
+    chosen = best(model, pairs, rows, given, judge, eot)
+    for row, ids in zip((2, 0), chosen):
+        candidates = [a for r, a in zip(rows, given) if r == row and a[-1] == eot]
+        measures = judged(model, pairs, [row] * len(candidates), candidates)
+        assert ids == candidates[int(measures[bool(judge)].argmax())]
+    assert best(model, pairs, [1, 1], cut * 2, judge, eot) == cut  # none ended
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -183,6 +238,20 @@ def test_validation_that_came_out_of_train_is_answered_too(tmp_path, monkeypatch
     run("--score=regex")
     results = json.loads(Path("out/tiny/accuracy-val.json").read_text())
     assert results["n"] == 6 and results["equivalent"] >= results["exact"]
+
+
+def test_several_answers_to_each_question(trained, tiny_run, capsys):
+    run("--samples=3", "--judge=5")
+    path = trained / "accuracy-val-best-of-4-judge-5.json"
+    about = json.loads(path.read_text())["provenance"]
+    assert (about["samples"], about["judge"], about["temperature"]) == (3, 5, 0.7)
+    tiny_run(jepa_weight=0, out_dir="out/plain")
+    capsys.readouterr()
+    run("out/plain", "--samples=3", "--judge=5")
+    assert "its cosines judge nothing" in capsys.readouterr().out
+    assert Path("out/plain/accuracy-val-best-of-4-judge-0.json").exists()
+    assert "samples=0 gives none" in error_line(capsys, run, "--judge=5")
+    assert "samples=-1" in error_line(capsys, run, "--samples=-1")
 
 
 def test_mistakes_are_one_line(trained, capsys):

@@ -62,6 +62,8 @@ def test_a_stage_runs_to_its_table_and_picks_up_where_it_was(tmp_path, monkeypat
         study.main(["tiny", "--dataset=sums.jsonl", f"--ask={questions}"])
         table = f"of {questions} | n | exact | prefix | stopped | equivalent | p |"
         assert table in capsys.readouterr().out
+    study.main(["tiny", "--dataset=sums.jsonl", "--ask=val", "--samples=2", "--judge=3"])
+    assert "of val, best of 3, judge 3 |" in capsys.readouterr().out
     new = [json.loads(line) for line in (folder / "new-more.jsonl").read_text().splitlines()]
     options = {**study.BASE, **tiny, "dataset": "sums.jsonl"}
     data = study.load_data(study.make_cell(folder, "λ 0", options, 0).config)
