@@ -32,6 +32,7 @@ from run import (
     load_run,
     pick_device,
     read_records,
+    rewrite_records,
     runs_newest_first,
     versions,
 )
@@ -182,7 +183,7 @@ def resumable(path: Path, about: dict) -> list[dict]:
             "temperature", "judge", "trained", "torch")  # fmt: skip
     if not records or any(records[0].get(key) != about[key] for key in same):
         return []
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rewrite_records(path, records)
     return records[1:]
 
 

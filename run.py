@@ -203,6 +203,13 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
+def rewrite_records(path: Path, records: list[dict]) -> None:
+    """Replace a file of records; as with a checkpoint, a kill leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(temporary, path)
+
+
 # --- held-out pairs ---------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from run import (
     pick_device,
     read_checkpoint,
     read_records,
+    rewrite_records,
     save_checkpoint,
     versions,
 )
@@ -218,7 +219,7 @@ def main(argv: list[str]) -> None:
         out_dir.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_records(metrics_path) if r["step"] < step] if resume else []
         (out_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-        metrics_path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        rewrite_records(metrics_path, kept)
 
     def log(**record):
         if rank == 0:

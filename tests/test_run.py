@@ -20,7 +20,15 @@ import run
 import train
 from config import Config
 from model import GPT
-from run import checkpoint_state, encode_pairs, load_run, pick_device, save_checkpoint
+from run import (
+    checkpoint_state,
+    encode_pairs,
+    load_run,
+    pick_device,
+    read_records,
+    rewrite_records,
+    save_checkpoint,
+)
 from synthetic import word_problems
 from views import CODE, PRED, TARGET, TEXT, layout_of, tokenize
 
@@ -106,6 +114,17 @@ def test_a_save_that_dies_leaves_the_old_checkpoint(ckpt, bpe, monkeypatch):
         save_checkpoint(ckpt, state_of(bpe))
     assert bytes_of(ckpt) == before
     assert load_run(ckpt, CPU).step == 3
+
+
+def test_records_are_rewritten_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": 1}, {"step": 2}]
+    rewrite_records(path, records)
+    with pytest.raises(TypeError):
+        rewrite_records(path, [{"step": 1}, {"step": object()}])
+    assert read_records(path) == records
+    rewrite_records(path, records[:1])
+    assert read_records(path) == records[:1]
 
 
 # --- files that are no sound checkpoint -------------------------------------------------------
