@@ -116,12 +116,19 @@ def test_a_save_that_dies_leaves_the_old_checkpoint(ckpt, bpe, monkeypatch):
     assert load_run(ckpt, CPU).step == 3
 
 
-def test_records_are_rewritten_whole_or_not_at_all(tmp_path):
+def test_a_rewrite_that_dies_leaves_the_old_records(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     records = [{"step": 1}, {"step": 2}]
     rewrite_records(path, records)
-    with pytest.raises(TypeError):
-        rewrite_records(path, [{"step": 1}, {"step": object()}])
+    write_text = Path.write_text
+
+    def dies(self, text):
+        write_text(self, text[:5])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", dies)
+        rewrite_records(path, records[:1])
     assert read_records(path) == records
     rewrite_records(path, records[:1])
     assert read_records(path) == records[:1]
