@@ -83,13 +83,13 @@ STAGES = {
         "InfoNCE λ .05, stop_grad": dict(NCE, stop_grad=True),
         "InfoNCE λ .05, growing": dict(NCE, jepa_warmup_iters=300),
     }),
-    "longer": (range(5, 10), {  # other seeds, as many operations in both arms on Turk
-        "λ 0, 1,645 steps": dict(jepa_weight=0.0, max_iters=1645, eval_interval=411),
-        "InfoNCE λ .05, 1,200 steps": dict(NCE, max_iters=1200, eval_interval=300),
+    "longer": (range(5, 10), {  # other seeds, as many operations in all arms on Turk
         "λ 0, dropout .1, 1,645 steps": dict(
             jepa_weight=0.0, dropout=0.1, max_iters=1645, eval_interval=411),
         "InfoNCE λ .05, dropout .1, 1,200 steps": dict(
             NCE, dropout=0.1, max_iters=1200, eval_interval=300),
+        "λ 0, 1,645 steps": dict(jepa_weight=0.0, max_iters=1645, eval_interval=411),
+        "InfoNCE λ .05, 1,200 steps": dict(NCE, max_iters=1200, eval_interval=300),
     }),
 }  # fmt: skip
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
