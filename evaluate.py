@@ -177,8 +177,8 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
 
 def resumable(path: Path, about: dict) -> list[dict]:
     """The answers in a file that was begun for the same checkpoint and questions; a line that a
-    kill cut short is dropped."""
-    records = read_records(path)
+    kill cut short is dropped, and one that a second evaluation at the same time wrote again."""
+    records = list({record.get("row"): record for record in read_records(path)}.values())
     same = ("run", "step", "questions_sha256", "n", "max_new_tokens", "score", "samples",
             "temperature", "judge", "trained", "torch")  # fmt: skip
     if not records or any(records[0].get(key) != about[key] for key in same):

@@ -193,7 +193,7 @@ def test_it_answers_every_question_and_goes_on_where_it_stopped(trained, capsys)
 
     # As after a kill in the middle of a line: the answers so far are kept as they are.
     lines = whole.splitlines(keepends=True)
-    path.write_text("".join(lines[:9]) + lines[9][:20])
+    path.write_text("".join(lines[:9]) + lines[8] + lines[9][:20])  # and of two at once
     capsys.readouterr()
     run("--batch_size=8")
     assert "holds 8 of 20 answers" in capsys.readouterr().out
