@@ -241,10 +241,10 @@ def draw(results: dict[str, dict], about: dict):
             curves.fill_between(flops, exact.mean(0) - sd, exact.mean(0) + sd, alpha=0.15,
                                 color=style["color"], lw=0)  # fmt: skip
         end = {key: np.array(r[key])[:, -1].mean() for key in PANEL}
-        gap.plot(end["val_matched"] - end["val_mismatched"], end["val_retrieval_at_1"], "o",
-                 color=style["color"])  # fmt: skip
-        gap.annotate(arm, (end["val_matched"] - end["val_mismatched"], end["val_retrieval_at_1"]),
-                     fontsize=6, xytext=(3, 2), textcoords="offset points")  # fmt: skip
+        at = end["val_matched"] - end["val_mismatched"], end["val_retrieval_at_1"]
+        gap.plot(*at, "o", color=style["color"])
+        if len(results) > 10:  # than there are colours
+            gap.annotate(arm, at, fontsize=6, xytext=(3, 2), textcoords="offset points")
     curves.set(xlabel="TFLOP spent in training", ylabel="exact match, validation")
     curves.legend(frameon=False, fontsize=7)
     gap.set(xlabel="cosine, matched − mismatched", ylabel="retrieval@1")
