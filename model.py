@@ -204,19 +204,23 @@ def packed_weights(model: nn.Module):
         yield
         return
 
-    def linear(weight, bias, x):
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, "none", [], "")
+    def linear(weight, bias, x, then="none"):
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, then, [], "none")
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    mlps = [module for module in model.modules() if isinstance(module, MLP)]
     for layer in layers:
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().bfloat16())
         bias = None if layer.bias is None else layer.bias.detach().bfloat16()
         layer.forward = partial(linear, weight, bias)
+    for mlp in mlps:  # GELU in the same kernel
+        mlp.c_fc.forward = partial(mlp.c_fc.forward, then="gelu")
+        mlp.gelu.forward = lambda x: x
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward  # the class's own again
+        for module in layers + [mlp.gelu for mlp in mlps]:
+            del module.forward  # the class's own again
 
 
 class GPT(nn.Module):
@@ -322,7 +326,7 @@ class GPT(nn.Module):
             x = layer(x, attn_mask, caches[i] if caches else None, keep if last else None)
         return self.ln_f(x)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, eot, *, temperature=1.0, top_k=0, top_p=1.0, seed=0,
                  cached=True):
         """Continue token lists of any lengths, as one batch with a key/value cache.
@@ -373,11 +377,12 @@ class GPT(nn.Module):
                     start, end = new - 1, room
                 # The last token of a row is its prompt's end at first, then the newest column.
                 last = length[rows, None] - 1 if new == width else new - 1
+                alone = new == start + 1
                 hidden = self.encode(
                     tokens[rows, start:new], position_ids[rows, start:new],
                     mask[rows, start:new, :end], caches,
-                    keep=(columns[start:new] == last).expand(len(rows), -1),
-                )  # (rows, C)
+                    keep=None if alone else (columns[start:new] == last).expand(len(rows), -1),
+                ).view(len(rows), -1)  # (rows, C)
                 logits = self.lm_head(hidden).float()[:, : eot + 1]
                 drawn = sample(logits, temperature, top_k, top_p, generator, rows, B)
                 tokens[rows, new] = drawn
