@@ -99,18 +99,9 @@ def forward_backward(
         rows = Rows(*(t[mine] for t in rows))
         n_tokens += (rows.block != PAD).sum().item()
         flops += 3 * model.flops(rows.block, rows.targets)
-        rows, own = rows.to(device), None
-        if apart and keep.any():
-            n_kept = keep.sum()
-            even = np.resize(numbers[keep], -(-n_kept // world) * world)  # repeats a few
-            own = train.pack(even[mine], (layout.enc,))
-            n_tokens += (own.block != PAD).sum().item()
-            flops += model.flops(own.block)  # forward only
-            own = own.to(device)
-        with autocast():  # which casts each weight once, at its first use; that needs the gradient
+        rows = rows.to(device)
+        with autocast():
             hidden, ce_sum = forward(*rows)
-            with torch.no_grad():
-                own_hidden = (ema or model)(own.idx, own.block)[0] if own else None
         ce = ce_sum / n_labels
         jepa = regularizer = torch.zeros((), device=device)
         if keep.any():
@@ -118,8 +109,16 @@ def forward_backward(
             # loss, and of its gradient what its own examples cause.
             kept = torch.from_numpy(keep).to(device)
             pred = gather(read_hidden(hidden, rows.block, layout.pred), rank, world)[kept]  # (B, C)
-            if own:
-                target = read_hidden(own_hidden, own.block, layout.enc, config.pooling)
+            if apart:  # after the other pass: autocast caches its weights
+                n_kept = keep.sum()
+                even = np.resize(numbers[keep], -(-n_kept // world) * world)  # repeats a few
+                own = train.pack(even[mine], (layout.enc,))
+                n_tokens += (own.block != PAD).sum().item()
+                flops += model.flops(own.block)  # forward only
+                own = own.to(device)
+                with torch.no_grad(), autocast():
+                    hidden = (ema or model)(own.idx, own.block)[0]
+                target = read_hidden(hidden, own.block, layout.enc, config.pooling)
                 target = gather(target, rank, world)[:n_kept]
             else:
                 target = read_hidden(hidden, rows.block, layout.enc, config.pooling)
