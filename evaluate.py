@@ -54,7 +54,7 @@ class Args:
     batch_size: int = 64  # questions at a time
     score: str = "auto"  # auto (by the data) | number | string | regex
     # choosing among several answers to a question
-    samples: int = 0  # drawn beside the greedy answer; the best of all is given
+    samples: int = 0  # drawn beside the greedy answer, all at once; the best of all is given
     temperature: float = 0.7  # of what is drawn
     judge: float = 0.0  # best: log-probability + this times the cosine of Pred and Enc
     # where
@@ -233,7 +233,7 @@ def best(
     for row, ids in zip(rows, answers):
         of[row].append(ids)
     for row, found in of.items():
-        ended = [ids for ids in found if ids[-1] == eot]
+        ended = [ids for ids in found if ids[-1:] == [eot]]
         of[row] = list(map(list, dict.fromkeys(map(tuple, ended or found[:1]))))
     rows, answers = zip(*((row, ids) for row, found in of.items() for ids in found))
     log_p, cosine = judged(model, pairs, rows, answers)
