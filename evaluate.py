@@ -61,6 +61,14 @@ class Args:
     device: str = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
 
+    def __post_init__(self):
+        for key in ("n", "max_new_tokens", "samples", "judge"):
+            if getattr(self, key) < 0:
+                fail(f"{key}={getattr(self, key)} must not be below 0")
+        if self.temperature <= 0 or (self.judge and not self.samples):
+            fail(f"temperature={self.temperature} must be above 0; judge={self.judge} chooses "
+                 f"among several answers, samples={self.samples} gives none")
+
 
 def main(argv: list[str]) -> None:
     values, names = parse_args(Args, argv, "python evaluate.py [RUN ...] [--key=value ...]")
@@ -70,12 +78,6 @@ def main(argv: list[str]) -> None:
              "at least 1")
     if args.score not in ("auto", "number", "string", "regex"):
         fail(f"score={args.score} is not one of auto, number, string, regex")
-    for key in ("n", "max_new_tokens", "samples", "judge"):
-        if getattr(args, key) < 0:
-            fail(f"{key}={getattr(args, key)} must not be below 0")
-    if args.temperature <= 0 or (args.judge and not args.samples):
-        fail(f"temperature={args.temperature} must be above 0; judge={args.judge} chooses among "
-             f"several answers, samples={args.samples} gives none")
     device, autocast = pick_device(args.device, args.dtype)
     results = []
     for path in [Path(name) for name in names] or runs_newest_first()[:1]:

@@ -111,6 +111,9 @@ def main(argv: list[str]) -> None:
     for key in ("samples", "judge"):
         if key in given:
             asking[key] = convert(Args, key, given.pop(key), "on the command line")
+    questions = Args(score="regex", **asking)
+    if questions.samples and not questions.split:
+        fail(f"samples={questions.samples} answers to what? --ask=val, test or a file of pairs")
     given = {key: convert(Config, key, text, "on the command line") for key, text in given.items()}
     seeds, arms = STAGES[stage]
     folder = Path(given.pop("out_dir", f"out/study-{stage}"))
@@ -136,9 +139,9 @@ def main(argv: list[str]) -> None:
         json.dumps({"provenance": provenance, "arms": results, "options": arms}, indent=1) + "\n")
     draw(results, provenance).savefig(folder / "study.png", dpi=120)
     print(f"wrote {folder / 'results.json'} and study.png")
-    if asking["split"]:
+    if questions.split:
         by_arm = {arm: [cells[arm, seed] for seed in seeds] for arm in results}
-        print("\n".join(ask(by_arm, Args(score="regex", **asking), folder)))
+        print("\n".join(ask(by_arm, questions, folder)))
 
 
 def ask(arms: dict[str, list[Cell]], args: Args, folder: Path) -> list[str]:

@@ -79,3 +79,5 @@ def test_mistakes_are_one_line(capsys):
     assert "coarse" in error_line(capsys, study.main, ["fine"])
     assert "unknown key" in error_line(capsys, study.main, ["coarse", "--datset=x"])
     assert "jobs" in error_line(capsys, study.main, ["coarse", "--jobs=many"])
+    assert "--ask=val" in error_line(capsys, study.main, ["coarse", "--samples=2"])
+    assert "samples=0" in error_line(capsys, study.main, ["coarse", "--ask=val", "--judge=2"])
