@@ -83,11 +83,12 @@ def read_hidden(
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Softmax attention: q (B, nh, T, hs), k and v (B, nh, S, hs), mask (B, 1, T, S): bool, True =
-    may attend; on a CPU the same as `additive`."""
+    may attend, or what is added to the scores (see `additive`)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # On a CPU with bf16, torch's fused kernel is slower than writing it out: forward and backward
     # took 43 ms against 14 ms (B 16, nh 8, T 150, hs 64; two cores, torch 2.13).
+    mask = additive(mask, q.dtype) if mask.dtype == torch.bool else mask
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1) + mask
     return scores.softmax(-1) @ v
 
@@ -326,7 +327,7 @@ class GPT(nn.Module):
             pred = self.pred((idx - self.vocab_size).clamp(min=0))
             x = torch.where(is_pred[..., None], pred, x)
         x = self.drop(x + self.wpe(position_ids))
-        if x.device.type == "cpu":  # see attend; made once, not in every layer
+        if x.device.type == "cpu":  # made once, not in every layer
             autocast = torch.is_autocast_enabled("cpu")
             dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
             attn_mask = additive(attn_mask, dtype)

@@ -12,7 +12,6 @@ from model import (
     GPT,
     PAD,
     SummedCrossEntropy,
-    additive,
     attend,
     block_causal_mask,
     read_hidden,
@@ -272,8 +271,7 @@ def test_attend_equals_scaled_dot_product_attention():
     mask = torch.rand(2, 1, 9, 9) > 0.5
     mask |= torch.eye(9, dtype=torch.bool)
     torch.testing.assert_close(
-        attend(q, k, v, additive(mask, q.dtype)),
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 def test_initial_loss_is_log_vocab_and_the_head_is_tied():
