@@ -9,8 +9,8 @@ An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/st
 same command again skips what is finished. Compared are greedy exact match on 512 validation
 questions, at several points of training and so of compute, and the collapse panel. Writes
 results.json, study.png and the table in README.md's form. --ask=val, test or a file of pairs has
-the trained models answer those too, of a file the first 2,000 whose answer none was trained on;
---samples and --judge choose among several answers, as in evaluate.py.
+the trained models answer those too, of a file the first 2,000 whose answer is in neither train nor
+validation; --samples and --judge choose among several answers, as in evaluate.py.
 """
 
 import json
@@ -145,13 +145,14 @@ def main(argv: list[str]) -> None:
 
 
 def ask(arms: dict[str, list[Cell]], args: Args, folder: Path) -> list[str]:
-    """A Markdown row per arm: what its models answer right of a split, or of what is new to them
-    in a file of pairs."""
+    """A Markdown row per arm: what its models answer right of a split, or of what is new in a file
+    of pairs: answers that no model was trained on and no setting was chosen by."""
     questions = args.split
     if questions not in ("val", "test"):
-        data = load_data(next(iter(arms.values()))[0].config)  # all arms train on the same rows
-        train = data.pairs["train"]
-        known = {data.tokenizer.decode(train.view(row, CODE)) for row in range(len(train))}
+        data = load_data(next(iter(arms.values()))[0].config)  # all arms have the same rows
+        known = {data.tokenizer.decode(pairs.view(row, CODE))
+                 for split in ("train", "val") for pairs in [data.pairs[split]]
+                 for row in range(len(pairs))}  # fmt: skip
         new = [row for row in read_jsonl(Path(questions), "error")[:] if row["code"] not in known]
         args = replace(args, file=str(folder / f"new-{Path(questions).name}"))
         Path(args.file).write_text("".join(json.dumps(row) + "\n" for row in new[:2000]))

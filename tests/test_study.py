@@ -67,9 +67,9 @@ def test_a_stage_runs_to_its_table_and_picks_up_where_it_was(tmp_path, monkeypat
     new = [json.loads(line) for line in (folder / "new-more.jsonl").read_text().splitlines()]
     options = {**study.BASE, **tiny, "dataset": "sums.jsonl"}
     data = study.load_data(study.make_cell(folder, "λ 0", options, 0).config)
-    train = data.pairs["train"]
-    known = {data.tokenizer.decode(train.view(row, study.CODE)) for row in range(len(train))}
-    assert 9 <= len(new) < 129 - 64 and not known & {row["code"] for row in new}
+    known = {data.tokenizer.decode(data.pairs[split].view(row, study.CODE))
+             for split in ("train", "val") for row in range(len(data.pairs[split]))}  # fmt: skip
+    assert 9 <= len(new) < 129 - 64 - 12 and not known & {row["code"] for row in new}
     capsys.readouterr()
     assert first[first.index("| arm") :] == again[again.index("| arm") :]
 
