@@ -3,7 +3,8 @@
     python study.py coarse [--dataset=pairs.jsonl] [--jobs=2] [--key=value ...]
     python study.py main   [...]            the arms that are left, five seeds each
     python study.py two --dataset=... --out_dir=out/study-... [...]       two of them, other data
-    python study.py rivals | longer | variants [...]    regularizers; twice as long; every variant
+    python study.py rivals | longer | dropout | variants [...]    regularizers; equal compute, twice
+                                           as long; that with more dropout; every variant
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished. Compared are greedy exact match on 512 validation
@@ -90,6 +91,12 @@ STAGES = {
             NCE, dropout=0.1, max_iters=1200, eval_interval=300),
         "λ 0, 1,645 steps": dict(jepa_weight=0.0, max_iters=1645, eval_interval=411),
         "InfoNCE λ .05, 1,200 steps": dict(NCE, max_iters=1200, eval_interval=300),
+    }),
+    "dropout": (range(5, 10), {  # as longer, each arm with its best dropout and share of JEPA steps
+        "λ 0, dropout .2, 1,645 steps": dict(
+            jepa_weight=0.0, dropout=0.2, max_iters=1645, eval_interval=411),
+        "InfoNCE λ .2, LD .75, dropout .2, 1,504 steps": dict(
+            NCE, jepa_weight=0.2, jepa_dropout=0.75, dropout=0.2, max_iters=1504, eval_interval=376),
     }),
 }  # fmt: skip
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
