@@ -1,10 +1,11 @@
 """The study of English → regex: which JEPA setting, if any, beats the plain language model?
 
-    python study.py coarse [--dataset=pairs.jsonl] [--jobs=2] [--key=value ...]
-    python study.py main   [...]            the arms that are left, five seeds each
-    python study.py two --dataset=... --out_dir=out/study-... [...]       two of them, other data
-    python study.py rivals | longer | dropout | variants [...]    regularizers; equal compute, twice
-                                           as long; that with more dropout; every variant
+    python study.py STAGE [--dataset=pairs.jsonl] [--jobs=2] [--out_dir=...] [--key=value ...]
+
+    coarse    17 arms, one seed              longer    at equal compute, with and without dropout
+    main      three arms, five seeds         dropout   that with the best dropout of each arm
+    two       two of them, for other data    rivals    regularizers, and more of JEPA
+    variants  every layout, loss and option, one seed
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished. Compared are greedy exact match on 512 validation
@@ -96,7 +97,8 @@ STAGES = {
         "λ 0, dropout .2, 1,645 steps": dict(
             jepa_weight=0.0, dropout=0.2, max_iters=1645, eval_interval=411),
         "InfoNCE λ .2, LD .75, dropout .2, 1,504 steps": dict(
-            NCE, jepa_weight=0.2, jepa_dropout=0.75, dropout=0.2, max_iters=1504, eval_interval=376),
+            NCE, jepa_weight=0.2, jepa_dropout=0.75, dropout=0.2, max_iters=1504,
+            eval_interval=376),
     }),
 }  # fmt: skip
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
