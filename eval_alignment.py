@@ -34,7 +34,7 @@ from run import (
     versions,
 )
 from sweep import mean_sd, number
-from views import PRED, TEXT, Pairs
+from views import CODE, PRED, TEXT, Pairs
 
 FIRST_TABLE = {  # measure: title, digits
     "ce": ("CE", 3), "matched": ("matched", 3), "mismatched": ("mismatched", 3),
@@ -51,7 +51,7 @@ SECOND_TABLE = {
 class Args:
     # which pairs
     split: str = "val"  # val | test; choose on val, report on test
-    n_pairs: int = 256  # held-out pairs, the same for every run
+    n_pairs: int = 256  # held-out pairs, the same for every run of the same views
     pairs_seed: int = 0  # 0: the first n_pairs of the split; else a random choice with this seed
     data_dir: str = ""  # folder of the data, if it is no longer where the runs found it
     # how
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     device, autocast = pick_device(args.device, args.dtype)
     paths = [Path(name) for name in names] or same_data(runs_newest_first())
 
-    measured, floor, digest = [], None, None
+    measured, floor, digest, first = [], None, None, None
     for path in paths:
         run = load_run(path, device)
         trained_on = run.provenance["data"]
@@ -101,6 +101,12 @@ def main(argv: list[str]) -> None:
         pairs = choose(pairs, args.n_pairs, args.pairs_seed) if pairs is not None else None
         if pairs is None or pairs.has_target(np.arange(len(pairs))).sum() < 2:
             fail(f"{data.provenance['source']} has fewer than 2 {args.split} pairs")
+        shown = [[run.tokenizer.decode(pairs.view(row, view)) for view in (TEXT, CODE)]
+                 for row in range(len(pairs))]  # fmt: skip
+        first = first or shown
+        if shown != first:
+            print(f"note: {run.name} is measured on other pairs than {measured[0].numbers['name']} "
+                  "(views or block_size differ)")
         m = measure(run.name, run.model, run.config, run.step, pairs, device, autocast)
         m.curve = [r for r in read_records(run.path.parent / "metrics.jsonl") if "val_ce" in r]
         m.n_eval = min(run.config.eval_pairs, len(data.pairs["val"]))
@@ -136,12 +142,13 @@ def main(argv: list[str]) -> None:
 
 
 def same_data(paths: list[Path]) -> list[Path]:
-    """Of the runs, newest first, those that were trained on the same data as the first."""
+    """Of the runs, newest first, those that were trained on the same views of the same data as the
+    first."""
 
-    def digest(path: Path) -> str:
+    def digest(path: Path) -> tuple[str, str]:
         try:
             about = json.loads((path / "config.json").read_text())
-            return about["provenance"]["data"]["train_sha256"]
+            return about["provenance"]["data"]["train_sha256"], about["config"]["views"]
         except (OSError, ValueError, KeyError):
             return fail(f"{path}/config.json is missing or damaged; name the runs to compare")
 

@@ -52,7 +52,7 @@ class Args:
     # how to answer and score
     max_new_tokens: int = 0  # at most; 0 is the length of the longest answer in train
     batch_size: int = 64  # questions at a time
-    score: str = "auto"  # auto (by the data) | number | string | regex
+    score: str = "auto"  # auto (by the data) | number (after ####) | final | string | regex
     # choosing among several answers to a question
     samples: int = 0  # drawn beside the greedy answer, all at once; the best of all is given
     temperature: float = 0.7  # of what is drawn
@@ -76,12 +76,13 @@ def main(argv: list[str]) -> None:
     if args.split not in ("train", "val", "test") or args.batch_size < 1:
         fail(f"split={args.split} must be test, val or train, and batch_size={args.batch_size} "
              "at least 1")
-    if args.score not in ("auto", "number", "string", "regex"):
-        fail(f"score={args.score} is not one of auto, number, string, regex")
+    if args.score not in ("auto", "number", "final", "string", "regex"):
+        fail(f"score={args.score} is not one of auto, number, final, string, regex")
     device, autocast = pick_device(args.device, args.dtype)
     results = []
     for path in [Path(name) for name in names] or runs_newest_first()[:1]:
         results.append(evaluate(load_run(path, device), args, autocast))
+        args = replace(args, score=results[0][0]["score"])  # one rule for all that are compared
 
     keys = [key for key in SHARES if key in results[0][0]]
     print(f"\n{'run':<28}{'n':>6}" + "".join(f"{key:>22}" for key in keys))
@@ -137,10 +138,12 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
         "run": run.name, "step": run.step, "questions": args.file or args.split, "n": n,
         "questions_sha256": digest, "max_new_tokens": limit, "score": kind,
         "samples": args.samples, "temperature": args.temperature, "judge": args.judge,
+        "dtype": args.dtype,
         "trained": run.provenance, "seed": config.seed, "recipe": config.recipe, **versions(),
     }  # fmt: skip
     names = [] if run.path.stem == "ckpt" else [run.path.stem]
     names += [Path(args.file).stem] if args.file else [args.split] if args.split != "test" else []
+    names += [f"first-{args.n}"] if args.n else []
     names += [f"best-of-{args.samples + 1}-judge-{args.judge:g}"] if args.samples else []
     path = run.path.parent / ("-".join(["generations", *names]) + ".jsonl")
     records = resumable(path, about)
@@ -179,11 +182,19 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
 
 def resumable(path: Path, about: dict) -> list[dict]:
     """The answers in a file that was begun for the same checkpoint and questions; a line that a
-    kill cut short is dropped, and one that a second evaluation at the same time wrote again."""
+    kill cut short is dropped, and one that a second evaluation at the same time wrote again. The
+    answers to anything else are moved aside."""
     records = list({record.get("row"): record for record in read_records(path)}.values())
     same = ("run", "step", "questions_sha256", "n", "max_new_tokens", "score", "samples",
-            "temperature", "judge", "trained", "torch")  # fmt: skip
-    if not records or any(records[0].get(key) != about[key] for key in same):
+            "judge", "dtype", "trained", "torch")  # fmt: skip
+    same += ("temperature",) if about["samples"] else ()
+    if not records:
+        return []
+    if any(records[0].get(key) != about[key] for key in same):
+        number = 1
+        while (aside := path.with_name(f"earlier-{number}-{path.name}")).exists():
+            number += 1
+        print(f"moved the answers of another evaluation to {path.rename(aside)}")
         return []
     rewrite_records(path, records)
     return records[1:]

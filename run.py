@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import Config, fail
+from config import CHOICES, Config, fail
 from model import GPT, read_hidden
 from tokenizer import Tokenizer, gpt2_tokenizer
 from views import Pairs, layout_of
@@ -56,6 +56,8 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
             raise RuntimeError("cpu, cuda and mps are supported")
     except (RuntimeError, AssertionError, ImportError) as error:
         fail(f"device={device} cannot be used here: {str(error).splitlines()[0][:120]}")
+    if dtype not in CHOICES["dtype"]:
+        fail(f"dtype={dtype} is not one of {', '.join(CHOICES['dtype'])}")
     if dtype == "auto":
         if chosen.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)

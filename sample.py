@@ -10,7 +10,7 @@ from pathlib import Path
 from config import fail, parse_args
 from data import load_data
 from run import exit_quietly, load_run, pick_device, runs_newest_first
-from views import CODE, pred_tokens
+from views import CODE, TEXT, pred_tokens
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def main(argv: list[str]) -> None:
 
     tokenizer = run.tokenizer
     if args.prompt:
-        prompt = [*tokenizer.encode([args.prompt])[0], tokenizer.sep]
+        # Running text and facts go on without an end mark.
+        mark = [tokenizer.sep] if run.config.views in ("pairs", "steps") else []
+        prompt = tokenizer.encode([args.prompt])[0] + mark
         prompts = [prompt + pred_tokens(run.config, tokenizer.vocab_size)] * args.num_samples
         questions, answers = [args.prompt] * args.num_samples, [None] * args.num_samples
     else:
@@ -61,7 +63,8 @@ def main(argv: list[str]) -> None:
         rows = range(min(args.num_samples, len(held_out)))
         prompts = [held_out.prompt(row) for row in rows]
         questions = [tokenizer.decode(prompt) for prompt in prompts]
-        answers = [tokenizer.decode(held_out.view(row, CODE)) for row in rows]
+        answers = [tokenizer.decode(held_out.view(row, TEXT)[held_out.asked[row] :]
+                                    + held_out.view(row, CODE)) for row in rows]  # fmt: skip
     room = run.config.block_size - 1
     if len(prompts[0]) > room and args.prompt:
         fail(f"the prompt has {len(prompts[0])} tokens, its end mark included; the context of "

@@ -26,8 +26,8 @@ import numpy as np
 from config import Config, check, convert, fail, find_recipe, read_recipe
 from data import load_data, read_jsonl
 from evaluate import SHARES, Args, evaluate
-from run import exit_quietly, load_run, pick_device, read_records, versions
-from sweep import Cell, mean_sd, number, train_cells
+from run import exit_quietly, load_run, pick_device, read_records
+from sweep import Cell, final, mean_sd, number, train_cells
 from views import CODE
 
 RECIPE = "nlrx_jepa"
@@ -101,6 +101,7 @@ STAGES = {
             eval_interval=376),
     }),
 }  # fmt: skip
+ROLES = {"system": "system", "user": "text", "assistant": "code"}
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
 PANEL = ("val_matched", "val_mismatched", "val_retrieval_at_1", "val_effective_rank")
 
@@ -125,11 +126,20 @@ def main(argv: list[str]) -> None:
         fail(f"samples={questions.samples} answers to what? --ask=val, test or a file of pairs")
     given = {key: convert(Config, key, text, "on the command line") for key, text in given.items()}
     seeds, arms = STAGES[stage]
+    for key in given:
+        if key in ("seed", "init_from") or any(key in options for options in arms.values()):
+            fail(f"{key}={given[key]}: {stage} sets {key} itself, arm by arm or seed by seed")
+    if not given.get("eval_answers", 1):
+        fail("eval_answers=0: the arms are compared by the answers they give")
     folder = Path(given.pop("out_dir", f"out/study-{stage}"))
     cells = {(arm, seed): make_cell(folder, arm, {**BASE, **given, **options}, seed)
              for arm, options in arms.items() for seed in seeds}  # fmt: skip
-    train_cells(list(cells.values()), int(jobs))
+    n_failed = train_cells(list(cells.values()), int(jobs))
 
+    made = [figures for cell in cells.values() if (figures := final(cell))]
+    if len({figures["data_sha256"] for figures in made}) > 1:
+        fail(f"the runs in {folder} were trained on different data: with another --out_dir these "
+             "are trained anew")
     results = {}
     for arm in arms:
         curves = [evaluations(cells[arm, seed].folder) for seed in seeds]
@@ -139,44 +149,52 @@ def main(argv: list[str]) -> None:
                             for key in ("step", *CURVES, *PANEL)}  # fmt: skip
     if not results:
         fail("no arm is finished")
-    lines = table(results)
-    print("\n".join(lines))
+    first = next(iter(arms))  # p is against this one
+    print("\n".join(table(results, first)))
     about = json.loads((cells[next(iter(results)), seeds[0]].folder / "config.json").read_text())
-    provenance = {"data": about["provenance"]["data"], "base": {**BASE, **given}, "seeds": [*seeds],
-                  "recipe": RECIPE, **versions()}  # fmt: skip
+    commits = sorted({figures["commit"] for figures in made})  # of the runs, not of this table
+    provenance = {**about["provenance"], "commit": " AND ".join(commits), "recipe": RECIPE,
+                  "command": " ".join(argv), "base": {**BASE, **given},
+                  "seeds": [*seeds]}  # fmt: skip
     (folder / "results.json").write_text(
         json.dumps({"provenance": provenance, "arms": results, "options": arms}, indent=1) + "\n")
     draw(results, provenance).savefig(folder / "study.png", dpi=120)
     print(f"wrote {folder / 'results.json'} and study.png")
     if questions.split:
         by_arm = {arm: [cells[arm, seed] for seed in seeds] for arm in results}
-        print("\n".join(ask(by_arm, questions, folder)))
+        print("\n".join(ask(by_arm, first, questions, folder)))
+    if n_failed:
+        raise SystemExit(1)
 
 
-def ask(arms: dict[str, list[Cell]], args: Args, folder: Path) -> list[str]:
+def ask(arms: dict[str, list[Cell]], first: str, args: Args, folder: Path) -> list[str]:
     """A Markdown row per arm: what its models answer right of a split, or of what is new in a file
     of pairs: answers that no model was trained on and no setting was chosen by."""
     questions = args.split
     if questions not in ("val", "test"):
-        data = load_data(next(iter(arms.values()))[0].config)  # all arms have the same rows
+        config = next(iter(arms.values()))[0].config
+        data = load_data(config)  # all arms have the same rows
         known = {data.tokenizer.decode(pairs.view(row, CODE))
                  for split in ("train", "val") for pairs in [data.pairs[split]]
                  for row in range(len(pairs))}  # fmt: skip
-        new = [row for row in read_jsonl(Path(questions), "error")[:] if row["code"] not in known]
+        rows = read_jsonl(Path(questions), config.bad_lines)[:]
+        new = [[{"role": role, "content": row[key]} for role, key in ROLES.items() if row[key]]
+               for row in rows if row["code"] not in known]  # fmt: skip
         args = replace(args, file=str(folder / f"new-{Path(questions).name}"))
-        Path(args.file).write_text("".join(json.dumps(row) + "\n" for row in new[:2000]))
+        lines = (json.dumps({"messages": messages}) + "\n" for messages in new[:2000])
+        Path(args.file).write_text("".join(lines))
     device, autocast = pick_device("auto", "auto")
     found = {arm: [evaluate(load_run(cell.folder, device), args, autocast)[0] for cell in cells]
              for arm, cells in arms.items()}  # fmt: skip
-    first = next(iter(found.values()))
-    reference = [summary["exact"] for summary in first]
+    n = next(iter(found.values()))[0]["n"]
+    reference = [summary["exact"] for summary in found.get(first, [])]
     drawn = f", best of {args.samples + 1}, judge {args.judge:g}" if args.samples else ""
-    lines = [f"| arm, on {first[0]['n']} of {questions}{drawn} | n | {' | '.join(SHARES)} | p |",
+    lines = [f"| arm, on {n} of {questions}{drawn} | n | {' | '.join(SHARES)} | p |",
              "|---|---|" + "---|" * (len(SHARES) + 1)]  # fmt: skip
     for arm, summaries in found.items():
         shares = {key: [summary[key] for summary in summaries] for key in SHARES}
         cells = [shown(values, 3) for values in shares.values()]
-        p = "" if summaries is first else shown_p(shares["exact"], reference)
+        p = "" if arm == first else shown_p(shares["exact"], reference)
         lines.append(f"| {arm} | {len(summaries)} | {' | '.join(cells)} | {p} |")
     return lines
 
@@ -196,17 +214,16 @@ def evaluations(folder: Path) -> list[dict]:
     return [record for record in read_records(folder / "metrics.jsonl") if "val_ce" in record]
 
 
-def table(results: dict[str, dict]) -> list[str]:
+def table(results: dict[str, dict], first: str) -> list[str]:
     """A Markdown row per arm: exact match midway and at the end, and the panel, mean ± sd; the
-    last column tests the end against the first arm's, seed by seed."""
+    last column tests the end against that of the arm `first`, seed by seed."""
     lines = ["| arm | n | TFLOP | exact, midway | exact | prefix | stopped | CE | matched | "
              "mismatched | retrieval@1 | rank | p |", "|---|" + "---|" * 12]  # fmt: skip
-    reference = None
+    reference = [curve[-1] for curve in results[first]["val_exact"]] if first in results else []
     for arm, r in results.items():
         last = {key: [curve[-1] for curve in r[key]] for key in r}
         midway = [curve[len(curve) // 2 - 1] for curve in r["val_exact"]]
-        reference = reference or last["val_exact"]
-        p = shown_p(last["val_exact"], reference)
+        p = "" if arm == first else shown_p(last["val_exact"], reference)
         cells = [shown(last[key], 3) for key in ("val_prefix", "val_stopped", "val_ce")]
         cells += [shown(last[key], 1 if "rank" in key else 2) for key in PANEL]
         lines.append(f"| {arm} | {len(midway)} | {statistics.fmean(last['flops']) / 1e12:.1f} | "
@@ -220,9 +237,9 @@ def shown(values: list[float], digits: int) -> str:
 
 
 def shown_p(values: list[float], reference: list[float]) -> str:
-    """Empty for the reference itself, and for a single seed."""
-    same = values is reference or len(values) < 2
-    return "" if same else f"{paired_t(values, reference):.2g}"
+    """Empty for a single seed, and where the reference is not finished."""
+    testable = len(values) > 1 and len(reference) == len(values)
+    return f"{paired_t(values, reference):.2g}" if testable else ""
 
 
 def paired_t(a: list[float], b: list[float]) -> float:

@@ -412,6 +412,9 @@ def plot_losses(metrics_path: Path, path: Path) -> None:
         axis.set(title=label, xlabel="step")
         axis.legend(frameon=False)
     figure.suptitle(metrics_path.parent.name)
+    made = json.loads((metrics_path.parent / "config.json").read_text())["provenance"]
+    data = f"{made['data']['dataset']}, train sha256 {made['data']['train_sha256'][:12]}"
+    figure.supxlabel(f"{data}, commit {made['commit']}", fontsize=7, color="grey")
     figure.savefig(path, dpi=120)
 
 

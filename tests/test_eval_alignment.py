@@ -239,6 +239,20 @@ def test_another_choice_of_pairs_is_recorded_and_gives_other_numbers(
     assert again["models"] == chosen["models"]
 
 
+def test_other_views_of_the_same_data_are_left_out_or_noted(tiny_run, monkeypatch, capsys):
+    no_figure = SimpleNamespace(savefig=lambda *args, **options: None)
+    for page in ("draw_pairs", "draw_panel"):
+        monkeypatch.setattr(eval_alignment, page, lambda *args: no_figure)
+    tiny_run(out_dir="out/whole")
+    tiny_run(out_dir="out/steps", views="steps")
+    capsys.readouterr()
+    eval_alignment.main([*ARGS, "--n_pairs=8"])
+    printed = capsys.readouterr().out
+    assert "steps" in printed and "whole" not in printed and "note" not in printed
+    eval_alignment.main([*ARGS, "--n_pairs=8", "out/whole", "out/steps"])
+    assert "note: steps is measured on other pairs than whole" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arg", ["--split=train", "--n_pairs=1", "--pairs_seed=-1"])
 def test_a_mistake_is_one_line(arg, capsys):
     key, value = arg.removeprefix("--").split("=")

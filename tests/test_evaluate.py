@@ -209,7 +209,9 @@ def test_answers_of_another_checkpoint_are_not_taken_for_its_own(trained, tiny_r
     (trained / "generations-val.jsonl").write_text(
         Path("out/earlier/tiny-1/generations-val.jsonl").read_text())
     run()
-    assert "generations-val.jsonl holds" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "generations-val.jsonl holds" not in printed and "moved the answers" in printed
+    assert len((trained / "earlier-1-generations-val.jsonl").read_text().splitlines()) == 21
     assert json.loads((trained / "accuracy-val.json").read_text())["provenance"]["step"] == 3
 
 
@@ -219,7 +221,18 @@ def test_runs_are_compared_on_the_same_rows(trained, tiny_run, capsys):
     run("out/tiny", "out/other", "--n=10")
     out = capsys.readouterr().out
     assert "other against tiny" in out and "McNemar p = 1" in out  # both know nothing
-    assert json.loads(Path("out/other/accuracy-val.json").read_text())["n"] == 10
+    assert json.loads(Path("out/other/accuracy-val-first-10.json").read_text())["n"] == 10
+
+
+def test_runs_are_compared_by_one_rule(trained, tiny_run, capsys):
+    """A file of pairs is scored by the first run's rule, however the others' data are scored."""
+    Path("gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(60)))
+    tiny_run(out_dir="out/other", dataset="gsm8k.jsonl", eval_pairs=6)  # by itself: number
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(5, 900)))
+    run("out/tiny", "out/other", "--file=mine.jsonl")
+    for name in ("tiny", "other"):
+        about = json.loads(Path("out", name, "accuracy-mine.json").read_text())["provenance"]
+        assert about["score"] == "string"
 
 
 def test_a_file_of_pairs(trained, capsys):

@@ -394,6 +394,10 @@ def test_an_impossible_device_is_one_short_line(device, capsys):
     assert len(line) < 400  # torch lists its sixty backends where one is missing
 
 
+def test_an_unknown_dtype_is_one_line(capsys):
+    assert "dtype=fp32 is not one of" in error_line(capsys, pick_device, "cpu", "fp32")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_autocast_computes_in_the_dtype_asked_for(dtype, capsys):
     device, autocast = pick_device("cpu", dtype)

@@ -1,6 +1,7 @@
 """The study's arms are sound, its statistics right, and it runs from end to end."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def test_a_stage_runs_to_its_table_and_picks_up_where_it_was(tmp_path, monkeypat
     study.main(["tiny", "--dataset=sums.jsonl"])
     again = capsys.readouterr().out
     assert again.count("was finished") == 2
+    assert first[first.index("| arm") :] == again[again.index("| arm") :]
 
     rows = [*sums(120), *sums(9, 5000)]  # all of the first were trained on or held out
     Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -69,9 +71,18 @@ def test_a_stage_runs_to_its_table_and_picks_up_where_it_was(tmp_path, monkeypat
     data = study.load_data(study.make_cell(folder, "λ 0", options, 0).config)
     known = {data.tokenizer.decode(data.pairs[split].view(row, study.CODE))
              for split in ("train", "val") for row in range(len(data.pairs[split]))}  # fmt: skip
-    assert 9 <= len(new) < 129 - 64 - 12 and not known & {row["code"] for row in new}
-    capsys.readouterr()
-    assert first[first.index("| arm") :] == again[again.index("| arm") :]
+    asked = {row["messages"][-1]["content"] for row in new}
+    assert 9 <= len(new) < 129 - 64 - 12 and not known & asked
+    assert [message["role"] for message in new[0]["messages"]] == ["user", "assistant"]
+    with pytest.raises(SystemExit) as exit_:  # one arm cannot be trained, the other has its row
+        broken = {**arms, "cosine λ 1": dict(device="cuda:99")}
+        monkeypatch.setitem(study.STAGES, "tiny", ((0,), {k: {**tiny, **broken[k]} for k in arms}))
+        study.main(["tiny", "--dataset=sums.jsonl", "--out_dir=out/broken"])
+    assert exit_.value.code == 1 and "| λ 0 | 1 |" in capsys.readouterr().out
+    monkeypatch.setitem(study.STAGES, "tiny", ((0,), {k: {**tiny, **v} for k, v in arms.items()}))
+    shutil.rmtree(folder / "cosine_lambda_1-0")
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(120, 7)))
+    assert "different data" in error_line(capsys, study.main, ["tiny", "--dataset=sums.jsonl"])
 
 
 def test_mistakes_are_one_line(capsys):
@@ -79,5 +90,8 @@ def test_mistakes_are_one_line(capsys):
     assert "coarse" in error_line(capsys, study.main, ["fine"])
     assert "unknown key" in error_line(capsys, study.main, ["coarse", "--datset=x"])
     assert "jobs" in error_line(capsys, study.main, ["coarse", "--jobs=many"])
+    for own in ("seed=7", "init_from=resume", "jepa_weight=.1"):
+        assert "coarse sets" in error_line(capsys, study.main, ["coarse", f"--{own}"])
+    assert "eval_answers=0" in error_line(capsys, study.main, ["coarse", "--eval_answers=0"])
     assert "--ask=val" in error_line(capsys, study.main, ["coarse", "--samples=2"])
     assert "samples=0" in error_line(capsys, study.main, ["coarse", "--ask=val", "--judge=2"])

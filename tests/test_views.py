@@ -20,7 +20,7 @@ from data import as_pair, load_data, read_jsonl
 from eval_relations import ask
 from model import GPT, block_causal_mask, read_hidden, visible_blocks
 from relations import Facts, relation_facts
-from run import encode_pairs, pick_device, read_checkpoint
+from run import encode_pairs, load_run, pick_device, read_checkpoint
 from views import (
     AGAIN,
     CODE,
@@ -749,6 +749,23 @@ def test_sampling_from_a_plan_gives_the_model_its_pred_tokens(tiny_run, monkeypa
     asked = [*tokenizer.encode(["What is 3 plus 2?"])[0], tokenizer.sep, *pred]
     assert given == [asked, asked, *(val.view(i, TEXT) + pred for i in (0, 1))]
     assert "What is 3 plus 2?" in capsys.readouterr().out
+
+
+def test_samples_of_steps_and_of_running_text(tiny_run, monkeypatch, capsys):
+    """Of steps, the right answer is all that follows the question; running text has no end mark."""
+    given, real = [], GPT.generate
+    monkeypatch.setattr(
+        GPT, "generate", lambda self, prompts, *a, **k: given.extend(prompts) or real(
+            self, prompts, *a, **k))  # fmt: skip
+    options = ["out/tiny", "--device=cpu", "--dtype=float32", "--num_samples=3",
+               "--max_new_tokens=2"]  # fmt: skip
+    tiny_run(views="steps", max_iters=1)
+    sample.main(options)
+    printed = capsys.readouterr().out
+    assert all(f"--- right answer\n{row['answer']}" in printed for row in sums(3, 500))
+    tiny_run(views="split", labels="all", max_iters=1)
+    sample.main([*options, "--prompt=What is"])
+    assert given[-1] == load_run(Path("out/tiny"), CPU).tokenizer.encode(["What is"])[0]
 
 
 # --- running text and facts -------------------------------------------------------------------
