@@ -74,15 +74,18 @@ def test_a_stage_runs_to_its_table_and_picks_up_where_it_was(tmp_path, monkeypat
     asked = {row["messages"][-1]["content"] for row in new}
     assert 9 <= len(new) < 129 - 64 - 12 and not known & asked
     assert [message["role"] for message in new[0]["messages"]] == ["user", "assistant"]
-    with pytest.raises(SystemExit) as exit_:  # one arm cannot be trained, the other has its row
-        broken = {**arms, "cosine λ 1": dict(device="cuda:99")}
-        monkeypatch.setitem(study.STAGES, "tiny", ((0,), {k: {**tiny, **broken[k]} for k in arms}))
-        study.main(["tiny", "--dataset=sums.jsonl", "--out_dir=out/broken"])
-    assert exit_.value.code == 1 and "| λ 0 | 1 |" in capsys.readouterr().out
-    monkeypatch.setitem(study.STAGES, "tiny", ((0,), {k: {**tiny, **v} for k, v in arms.items()}))
-    shutil.rmtree(folder / "cosine_lambda_1-0")
-    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(120, 7)))
+
+    made = folder / "cosine_lambda_1-0" / "config.json"
+    about = json.loads(made.read_text())
+    about["provenance"]["data"]["train_sha256"] = "of other rows"
+    made.write_text(json.dumps(about))
     assert "different data" in error_line(capsys, study.main, ["tiny", "--dataset=sums.jsonl"])
+    shutil.rmtree(made.parent)  # an arm that cannot be trained: the other still has its row
+    arms["cosine λ 1"] = dict(device="cuda:99")
+    monkeypatch.setitem(study.STAGES, "tiny", ((0,), {k: {**tiny, **v} for k, v in arms.items()}))
+    with pytest.raises(SystemExit) as exit_:
+        study.main(["tiny", "--dataset=sums.jsonl"])
+    assert exit_.value.code == 1 and "| λ 0 | 1 |" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(capsys):

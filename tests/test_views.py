@@ -733,16 +733,22 @@ def test_a_prompt_ends_in_pred_tokens_in_the_plan_layout_only(name, k):
     assert [pairs.prompt(i) for i in range(3)] == [q + expected for q, _ in EXAMPLES]
 
 
-def test_sampling_from_a_plan_gives_the_model_its_pred_tokens(tiny_run, monkeypatch, capsys):
-    tiny_run(layout="plan", n_pred=2, max_iters=1)
-    given, real = [], GPT.generate
+@pytest.fixture
+def given(monkeypatch):
+    """The prompts that GPT.generate is given, as they come."""
+    prompts, real = [], GPT.generate
     monkeypatch.setattr(
-        GPT, "generate", lambda self, prompts, *a, **k: given.extend(prompts) or real(
-            self, prompts, *a, **k))  # fmt: skip
-    options = ["out/tiny", "--device=cpu", "--dtype=float32", "--num_samples=2",
-               "--max_new_tokens=2"]  # fmt: skip
-    sample.main([*options, "--prompt=What is 3 plus 2?"])
-    sample.main(options)
+        GPT, "generate", lambda self, new, *a, **k: prompts.extend(new) or real(self, new, *a, **k))
+    return prompts
+
+
+SAMPLE = ["out/tiny", "--device=cpu", "--dtype=float32", "--max_new_tokens=2"]
+
+
+def test_sampling_from_a_plan_gives_the_model_its_pred_tokens(tiny_run, given, capsys):
+    tiny_run(layout="plan", n_pred=2, max_iters=1)
+    sample.main([*SAMPLE, "--num_samples=2", "--prompt=What is 3 plus 2?"])
+    sample.main([*SAMPLE, "--num_samples=2"])
     held_out = load_data(load_config([*TINY, "--layout=plan", "--n_pred=2"]))
     tokenizer, val = held_out.tokenizer, held_out.pairs["val"]
     pred = [tokenizer.vocab_size, tokenizer.vocab_size + 1]
@@ -751,20 +757,14 @@ def test_sampling_from_a_plan_gives_the_model_its_pred_tokens(tiny_run, monkeypa
     assert "What is 3 plus 2?" in capsys.readouterr().out
 
 
-def test_samples_of_steps_and_of_running_text(tiny_run, monkeypatch, capsys):
+def test_samples_of_steps_and_of_running_text(tiny_run, given, capsys):
     """Of steps, the right answer is all that follows the question; running text has no end mark."""
-    given, real = [], GPT.generate
-    monkeypatch.setattr(
-        GPT, "generate", lambda self, prompts, *a, **k: given.extend(prompts) or real(
-            self, prompts, *a, **k))  # fmt: skip
-    options = ["out/tiny", "--device=cpu", "--dtype=float32", "--num_samples=3",
-               "--max_new_tokens=2"]  # fmt: skip
     tiny_run(views="steps", max_iters=1)
-    sample.main(options)
+    sample.main([*SAMPLE, "--num_samples=3"])
     printed = capsys.readouterr().out
     assert all(f"--- right answer\n{row['answer']}" in printed for row in sums(3, 500))
     tiny_run(views="split", labels="all", max_iters=1)
-    sample.main([*options, "--prompt=What is"])
+    sample.main([*SAMPLE, "--prompt=What is"])
     assert given[-1] == load_run(Path("out/tiny"), CPU).tokenizer.encode(["What is"])[0]
 
 
