@@ -128,7 +128,7 @@ def take_turns(arms: Arms, steps: list[int], device: torch.device) -> dict[str, 
 
 def spread_of(values) -> dict[str, float | list[float]]:
     """Median and quartiles."""
-    low, median, high = statistics.quantiles(map(float, values), n=4, method="inclusive")
+    low, median, high = np.percentile([float(value) for value in values], (25, 50, 75)).tolist()
     return {"median": median, "quartiles": [low, high]}
 
 

@@ -55,7 +55,7 @@ def small(tmp_path, monkeypatch):
     rows = {"train": sums(200), "val": sums(70, 500)}
     monkeypatch.setattr(data, "load_rows", lambda config: (dict(rows), "sums", "test"))
     for name, value in (
-        ("ROUNDS", 4), ("SLOW_ROUNDS", 2), ("NEW_TOKENS", 16), ("ROWS", (300,)), ("TOKENS", 128),
+        ("ROUNDS", 4), ("SLOW_ROUNDS", 1), ("NEW_TOKENS", 16), ("ROWS", (300,)), ("TOKENS", 128),
         ("LENGTHS", (8, 16, 32)), ("BATCHES", (2,)),
     ):
         monkeypatch.setattr(bench, name, value)
