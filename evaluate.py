@@ -34,6 +34,7 @@ from run import (
     read_records,
     rewrite_records,
     runs_newest_first,
+    set_aside,
     versions,
 )
 from tokenizer import Tokenizer
@@ -191,10 +192,7 @@ def resumable(path: Path, about: dict) -> list[dict]:
     if not records:
         return []
     if any(records[0].get(key) != about[key] for key in same):
-        number = 1
-        while (aside := path.with_name(f"earlier-{number}-{path.name}")).exists():
-            number += 1
-        print(f"moved the answers of another evaluation to {path.rename(aside)}")
+        print(f"moved the answers of another evaluation to {set_aside(path)}")
         return []
     rewrite_records(path, records)
     return records[1:]
@@ -226,11 +224,9 @@ def answer(
     records = []
     for row, ids in zip(rows, outputs):
         stopped = ids[-1:] == [tokenizer.eot]
-        asked, text = pairs.asked[row], pairs.view(row, TEXT)
-        output = tokenizer.decode(ids)
-        target = tokenizer.decode(text[asked:] + pairs.view(row, CODE))
+        output, target = tokenizer.decode(ids), tokenizer.decode(pairs.answer(row))
         records.append({
-            "row": row, "prompt": tokenizer.decode(text[:asked]), "output": output,
+            "row": row, "prompt": tokenizer.decode(pairs.question(row)), "output": output,
             "target": target, "stop": "end of text" if stopped else "length", "stopped": stopped,
             **score(output, target, kind), "tokens": len(ids), "seconds": seconds,
         })  # fmt: skip

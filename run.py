@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -210,6 +212,17 @@ def rewrite_records(path: Path, records: list[dict]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     os.replace(temporary, path)
+
+
+def set_aside(path: Path) -> Path:
+    """Move a run's folder, or a file of one, into earlier/ beside it, out of the way of a new one
+    with its name: nothing is overwritten. Returns where it is now."""
+    (path.parent / "earlier").mkdir(exist_ok=True)
+    ending = "" if path.is_dir() else path.suffix  # a folder may be called jepa_weight=0.5
+    for number in itertools.count(1):
+        aside = path.parent / "earlier" / f"{path.name.removesuffix(ending)}-{number}{ending}"
+        if not aside.exists():
+            return Path(shutil.move(path, aside))
 
 
 # --- held-out pairs ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from config import fail, parse_args
 from data import load_data
 from run import exit_quietly, load_run, pick_device, runs_newest_first
-from views import CODE, TEXT, pred_tokens
+from views import pred_tokens
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ def main(argv: list[str]) -> None:
         held_out = data.pairs["val"]
         rows = range(min(args.num_samples, len(held_out)))
         prompts = [held_out.prompt(row) for row in rows]
-        questions = [tokenizer.decode(prompt) for prompt in prompts]
-        answers = [tokenizer.decode(held_out.view(row, TEXT)[held_out.asked[row] :]
-                                    + held_out.view(row, CODE)) for row in rows]  # fmt: skip
+        questions = [tokenizer.decode(held_out.question(row)) for row in rows]
+        answers = [tokenizer.decode(held_out.answer(row)) for row in rows]
     room = run.config.block_size - 1
     if len(prompts[0]) > room and args.prompt:
         fail(f"the prompt has {len(prompts[0])} tokens, its end mark included; the context of "

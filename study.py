@@ -136,23 +136,23 @@ def main(argv: list[str]) -> None:
              for arm, options in arms.items() for seed in seeds}  # fmt: skip
     n_failed = train_cells(list(cells.values()), int(jobs))
 
-    made = [figures for cell in cells.values() if (figures := final(cell))]
-    if len({figures["data_sha256"] for figures in made}) > 1:
+    finished = {at: figures for at, cell in cells.items() if (figures := final(cell))}
+    if len({figures["data_sha256"] for figures in finished.values()}) > 1:
         fail(f"the runs in {folder} were trained on different data: with another --out_dir these "
              "are trained anew")
     results = {}
     for arm in arms:
-        curves = [evaluations(cells[arm, seed].folder) for seed in seeds]
-        done = [c for c in curves if c and c[-1]["step"] == cells[arm, seeds[0]].config.max_iters]
-        if len(done) == len(seeds):  # an arm counts when all its seeds are there
-            results[arm] = {key: [[record[key] for record in curve] for curve in done]
+        if all((arm, seed) in finished for seed in seeds):  # an arm counts with all its seeds
+            curves = [evaluations(cells[arm, seed].folder) for seed in seeds]
+            results[arm] = {key: [[record[key] for record in curve] for curve in curves]
                             for key in ("step", *CURVES, *PANEL)}  # fmt: skip
     if not results:
         fail("no arm is finished")
     first = next(iter(arms))  # p is against this one
     print("\n".join(table(results, first)))
     about = json.loads((cells[next(iter(results)), seeds[0]].folder / "config.json").read_text())
-    commits = sorted({figures["commit"] for figures in made})  # of the runs, not of this table
+    # The runs' commits, not that of this table.
+    commits = sorted({figures["commit"] for figures in finished.values()})
     provenance = {**about["provenance"], "commit": " AND ".join(commits), "recipe": RECIPE,
                   "command": " ".join(argv), "base": {**BASE, **given},
                   "seeds": [*seeds]}  # fmt: skip

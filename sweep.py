@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, check, convert, fail, find_recipe, help_text, read_recipe
-from run import exit_quietly, read_records
-from train import set_aside
+from run import exit_quietly, read_records, set_aside
 
 USAGE = "python sweep.py RECIPE --key=value,value,... [--key=value ...] [--jobs=N]"
 FIGURES = {  # of a finished cell: digits in the table

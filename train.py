@@ -8,7 +8,6 @@ A flat script: read main() from top to bottom. The loss: `objective`, below.
 import copy
 import json
 import math
-import shutil
 import signal
 import time
 from dataclasses import asdict, replace
@@ -35,6 +34,7 @@ from run import (
     read_records,
     rewrite_records,
     save_checkpoint,
+    set_aside,
     versions,
 )
 from views import Pairs, Rows
@@ -368,16 +368,6 @@ def check_resume(config: Config, saved: Config, out_dir: Path) -> None:
     changed = [f"{k} was {was[k]!r}, is {now[k]!r}" for k in now if was[k] != now[k]]
     if changed:
         fail(f"{out_dir}/ckpt.pt cannot be resumed with another config: {'; '.join(changed)}")
-
-
-def set_aside(out_dir: Path) -> Path:
-    """Move a finished run out of the way of a new one with its name: nothing is overwritten."""
-    earlier = out_dir.parent / "earlier"
-    earlier.mkdir(exist_ok=True)
-    number = 1
-    while (earlier / f"{out_dir.name}-{number}").exists():
-        number += 1
-    return Path(shutil.move(out_dir, earlier / f"{out_dir.name}-{number}"))
 
 
 def compile_or_not(model: GPT, data: Data, device: torch.device, autocast) -> None:

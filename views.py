@@ -112,8 +112,14 @@ class Pairs:
 
     def prompt(self, row: int) -> list[int]:
         """What generation starts from: the question and, in the plan layout, [PRED]."""
-        question = self.view(row, TEXT)[: self.asked[row]]
-        return question + pred_tokens(self.config, self.vocab_size)
+        return self.question(row) + pred_tokens(self.config, self.vocab_size)
+
+    def question(self, row: int) -> list[int]:
+        return self.view(row, TEXT)[: self.asked[row]]
+
+    def answer(self, row: int) -> list[int]:
+        """What is right after the question: the rest of the text (steps), then the code."""
+        return self.view(row, TEXT)[self.asked[row] :] + self.view(row, CODE)
 
     def batch(self, step: int) -> np.ndarray:
         """(B,) the examples of micro-batch `step`, a pure function of (seed, step).

@@ -211,7 +211,7 @@ def test_answers_of_another_checkpoint_are_not_taken_for_its_own(trained, tiny_r
     run()
     printed = capsys.readouterr().out
     assert "generations-val.jsonl holds" not in printed and "moved the answers" in printed
-    assert len((trained / "earlier-1-generations-val.jsonl").read_text().splitlines()) == 21
+    assert len((trained / "earlier/generations-val-1.jsonl").read_text().splitlines()) == 21
     assert json.loads((trained / "accuracy-val.json").read_text())["provenance"]["step"] == 3
 
 
