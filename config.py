@@ -12,7 +12,7 @@ import math
 import re
 import runpy
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ class Config:
     compile: bool = True  # torch.compile the model on CUDA; it is slower than eager on a CPU
     # data
     dataset: str = "gsm8k"  # gsm8k | word_problems, regex, relations (made here) | a .jsonl or .txt
-    data_dir: str = ""  # folder with train.jsonl and test.jsonl; empty means data/<dataset>
+    data_dir: str = ""  # folder of GSM8K's train.jsonl and test.jsonl; empty means data/gsm8k
     offline_fallback: bool = True  # train on word_problems when gsm8k cannot be had
     train_rows: int = 0  # train on this many rows, a fixed random choice; 0 is all
     regex_split: str = "random"  # random | depth (dataset=regex: test stacks more rules than train)
@@ -234,6 +234,9 @@ def check(config: Config) -> None:
             fail(f"{key}={value} goes with dataset=relations, and with nothing else")
     if config.dataset.endswith(".txt") and config.views != "split":
         fail(f"dataset={config.dataset} is running text and needs views=split")
+    if config.data_dir and config.dataset != "gsm8k":
+        fail(f"data_dir={config.data_dir} goes with dataset=gsm8k; a file of your own is named by "
+             "dataset=folder/pairs.jsonl")
     if config.regex_split == "depth" and config.dataset != "regex":
         fail(f"regex_split=depth goes with dataset=regex, not {config.dataset}")
     if config.eval_answers and config.views in ("facts", "split"):
@@ -257,6 +260,13 @@ def check(config: Config) -> None:
         fail(f"seed={config.seed} must be below 2**63")
     if config.bpe_vocab_size < 320:
         fail(f"bpe_vocab_size={config.bpe_vocab_size} must be at least 320 (256 bytes and merges)")
+
+
+def moved(config: Config, folder: str) -> Config:
+    """The config of a run whose data now lies in `folder`; an empty one means where it was."""
+    if folder and config.dataset.endswith((".jsonl", ".txt")):
+        return replace(config, dataset=str(Path(folder) / Path(config.dataset).name))
+    return replace(config, data_dir=folder or config.data_dir)
 
 
 def help_text(cls: type) -> str:

@@ -314,8 +314,9 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
     n_val = pairs["val"].has_target(np.arange(min(config.eval_pairs, len(pairs["val"])))).sum()
     if n_val < 2:
         why = " with two steps" if config.views == "steps" else ""
+        unit = "lines" if config.dataset.endswith(".txt") else "pairs"
         fail(f"{n_val} validation pairs{why} from {source}: mismatched cosine needs 2, and "
-             "validation takes a tenth of train; bring at least 20 pairs")
+             f"validation takes a tenth of train; bring at least 20 {unit}")
     answers = {"gsm8k": "number", "word_problems": "number", "regex": "regex"}.get(name, "string")
     if answers == "number" and config.answer_view == "final":
         answers = "final"  # the answer is the number alone

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import Config, fail, parse_args
+from config import Config, fail, moved, parse_args
 from data import load_data
 from draw_alignment import draw_pairs, draw_panel
 from jepa import alignment, collapse_panel, cosines, verdict
@@ -88,9 +88,7 @@ def main(argv: list[str]) -> None:
     for path in paths:
         run = load_run(path, device)
         trained_on = run.provenance["data"]
-        data = load_data(
-            replace(run.config, data_dir=args.data_dir or run.config.data_dir), run.tokenizer
-        )
+        data = load_data(moved(run.config, args.data_dir), run.tokenizer)
         if data.provenance["train_sha256"] != trained_on["train_sha256"]:
             fail(f"{run.path} was trained on {trained_on['dataset']} from {trained_on['source']}, "
                  f"other data than {data.provenance['source']} holds; --data_dir names a folder")

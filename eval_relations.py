@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
     results = {}
     print(f"\n{'facts':<10}{'n':>6}{'first':>8}{'second':>8}{'joint':>8}{'MRR':>8}{'NLL':>8}")
     for split, arrays in splits.items():
+        if not len(arrays["rows"]):
+            continue
         # A fixed choice among the split's facts, in chunks: a question asks `side` times over.
         chosen = np.random.default_rng(0).permutation(len(arrays["rows"]))[: args.n]
         rows = arrays["rows"][chosen]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import fail, parse_args
+from config import fail, moved, parse_args
 from data import load_data, read_jsonl
 from model import GPT, read_hidden
 from regex_equivalence import equivalent
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
 
 def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     """Answer and score every question for one run; accuracy.json's content, and the answers."""
-    config = replace(run.config, data_dir=args.data_dir or run.config.data_dir)
+    config = moved(run.config, args.data_dir)
     if config.views in ("facts", "split"):
         use = "eval_relations.py" if config.views == "facts" else "eval_alignment.py"
         fail(f"{run.path} was trained with views={config.views}, which asks no question; "
@@ -147,7 +147,8 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     names += [f"first-{args.n}"] if args.n else []
     names += [f"best-of-{args.samples + 1}-judge-{args.judge:g}"] if args.samples else []
     path = run.path.parent / ("-".join(["generations", *names]) + ".jsonl")
-    records = resumable(path, about)
+    out = run.path.parent / ("-".join(["accuracy", *names]) + ".json")
+    records = resumable(path, out, about)
     if records:
         print(f"{path} holds {len(records)} of {n} answers")
     else:
@@ -175,24 +176,25 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
             summary |= {key: count / total, f"{key}_95": wilson(count, total)}
     seconds = sum(record["seconds"] for record in records)
     summary["tokens_per_second"] = sum(record["tokens"] for record in records) / seconds
-    out = path.with_name("-".join(["accuracy", *names]) + ".json")
     out.write_text(json.dumps({**summary, "provenance": about}, indent=1) + "\n")
     print(f"wrote {out} and {path.name}")
     return {**about, **summary}, sorted(records, key=lambda record: record["row"])
 
 
-def resumable(path: Path, about: dict) -> list[dict]:
+def resumable(path: Path, summary: Path, about: dict) -> list[dict]:
     """The answers in a file that was begun for the same checkpoint and questions; a line that a
     kill cut short is dropped, and one that a second evaluation at the same time wrote again. The
-    answers to anything else are moved aside."""
+    answers to anything else are moved aside, and the summary of them."""
     records = list({record.get("row"): record for record in read_records(path)}.values())
-    same = ("run", "step", "questions_sha256", "n", "max_new_tokens", "score", "samples",
-            "judge", "dtype", "trained", "torch")  # fmt: skip
+    same = ("run", "step", "questions", "questions_sha256", "n", "max_new_tokens", "score",
+            "samples", "judge", "dtype", "trained", "torch")  # fmt: skip
     same += ("temperature",) if about["samples"] else ()
     if not records:
         return []
     if any(records[0].get(key) != about[key] for key in same):
         print(f"moved the answers of another evaluation to {set_aside(path)}")
+        if summary.exists():
+            set_aside(summary)
         return []
     rewrite_records(path, records)
     return records[1:]

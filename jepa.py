@@ -69,6 +69,8 @@ def sigreg(x: torch.Tensor, n_slices: int = 256, n_knots: int = 17) -> torch.Ten
     same Gaussian and integrated over t in [0, 3] (both are even in modulus), times B.
     """
     directions = F.normalize(torch.randn(x.size(1), n_slices, device=x.device), dim=0)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(directions, 0)  # one loss, so one choice for all processes
     t = torch.linspace(0, 3, n_knots, device=x.device)
     gauss = (-t.square() / 2).exp()
     angle = (x @ directions)[..., None] * t  # (B, n_slices, n_knots)

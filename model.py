@@ -7,7 +7,7 @@
 The GPT is nanoGPT's (GPT-2: learned positions, pre-norm, GELU, tied output layer). What is new is
 who may see whom. A row holds several *blocks* of tokens, a block may continue another one, and
 one rule (`block_causal_mask`) gives both the attention mask and the positions. This file knows
-blocks by number only; what they hold is the business of data.py.
+blocks by number only; what they hold is the business of views.py.
 """
 
 import contextlib

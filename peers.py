@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import Config
+from config import Config, fail
 from model import GPT, PAD
 from train import make_optimizer
 from views import CODE, TEXT, Pairs
@@ -49,6 +49,8 @@ def nanogpt_step(pairs: Pairs, config: Config, n_tokens: Callable[[], int], devi
     optimizer = make_optimizer(plain, config)
     stream = torch.from_numpy(pairs.tokens.astype(np.int64))
     T = config.block_size
+    if len(stream) <= T:
+        fail(f"{len(stream)} tokens to train on are less than a window of block_size={T}; lower it")
 
     def step(number):
         rng = torch.Generator().manual_seed(number)

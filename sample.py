@@ -4,10 +4,11 @@
     python sample.py out/gsm8k_jepa --prompt="..." --num_samples=2
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from config import fail, parse_args
+from config import fail, moved, parse_args
 from data import load_data
 from run import exit_quietly, load_run, pick_device, runs_newest_first
 from views import pred_tokens
@@ -38,24 +39,31 @@ def main(argv: list[str]) -> None:
     if args.num_samples < 1 or args.max_new_tokens < 1:
         fail(f"num_samples={args.num_samples} and max_new_tokens={args.max_new_tokens} "
              "must be at least 1")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < math.inf or args.top_k < 0 or not 0 < args.top_p <= 1:
         fail(f"temperature={args.temperature} and top_k={args.top_k} must not be below 0, and "
              f"top_p={args.top_p} must lie in (0, 1]")
+    if not 0 <= args.seed < 2**63:
+        fail(f"seed={args.seed} must be from 0 to 2**63 - 1")
     device, autocast = pick_device(args.device, args.dtype)
     run = load_run(Path(runs[0]) if runs else runs_newest_first()[0], device)
     trained_on = run.provenance["data"]
     print(f"run {run.path}, step {run.step}, trained on {trained_on['dataset']}")
 
     tokenizer = run.tokenizer
-    if args.prompt:
+    text = args.prompt
+    if text and tokenizer.name == "words":
+        words = [f" {word}" for word in text.split()]
+        if not words or any(word.encode() not in tokenizer.ranks for word in words):
+            fail(f"prompt={text!r} must be words that {run.path} knows, such as 'a3 b4 r2'")
+        text = "".join(words)
+    if text:
         # Running text and facts go on without an end mark.
         mark = [tokenizer.sep] if run.config.views in ("pairs", "steps") else []
-        prompt = tokenizer.encode([args.prompt])[0] + mark
+        prompt = tokenizer.encode([text])[0] + mark
         prompts = [prompt + pred_tokens(run.config, tokenizer.vocab_size)] * args.num_samples
         questions, answers = [args.prompt] * args.num_samples, [None] * args.num_samples
     else:
-        config = replace(run.config, data_dir=args.data_dir or run.config.data_dir)
-        data = load_data(config, tokenizer)
+        data = load_data(moved(run.config, args.data_dir), tokenizer)
         if data.provenance["train_sha256"] != trained_on["train_sha256"]:
             print(f"note: the run saw other data ({trained_on['dataset']} from "
                   f"{trained_on['source']}); these questions may not be held out")

@@ -170,9 +170,8 @@ def main(argv: list[str]) -> None:
 def ask(arms: dict[str, list[Cell]], first: str, args: Args, folder: Path) -> list[str]:
     """A Markdown row per arm: what its models answer right of a split, or of what is new in a file
     of pairs: answers that no model was trained on and no setting was chosen by."""
-    questions = args.split
+    questions, config = args.split, next(iter(arms.values()))[0].config
     if questions not in ("val", "test"):
-        config = next(iter(arms.values()))[0].config
         data = load_data(config)  # all arms have the same rows
         known = {data.tokenizer.decode(pairs.view(row, CODE))
                  for split in ("train", "val") for pairs in [data.pairs[split]]
@@ -183,7 +182,7 @@ def ask(arms: dict[str, list[Cell]], first: str, args: Args, folder: Path) -> li
         args = replace(args, file=str(folder / f"new-{Path(questions).name}"))
         lines = (json.dumps({"messages": messages}) + "\n" for messages in new[:2000])
         Path(args.file).write_text("".join(lines))
-    device, autocast = pick_device("auto", "auto")
+    device, autocast = pick_device(config.device, config.dtype)
     found = {arm: [evaluate(load_run(cell.folder, device), args, autocast)[0] for cell in cells]
              for arm, cells in arms.items()}  # fmt: skip
     n = next(iter(found.values()))[0]["n"]

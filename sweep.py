@@ -227,7 +227,7 @@ def final(cell: Cell) -> dict[str, Any] | None:
             data = about["data"]
             return {
                 **{key: record[key] for key in FIGURES}, "commit": about["commit"],
-                "dataset": data["dataset"], "data_sha256": data["train_sha256"],
+                "data": data["dataset"], "data_sha256": data["train_sha256"],
             }  # fmt: skip
     return None
 
@@ -240,7 +240,7 @@ def summary(r: dict[str, Any]) -> str:
 
 def write_csv(path: Path, axes: list[str], results: list[dict]) -> None:
     """A row per cell; a cell that failed has no figures."""
-    columns = [*axes, *FIGURES, "commit", "dataset", "data_sha256"]
+    columns = [*axes, *FIGURES, "commit", "data", "data_sha256"]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -289,7 +289,7 @@ def provenance(recipe: Path, given: dict[str, list], results: list[dict]) -> str
     seeds = len(given.get("seed", [1]))
     missing = f", {len(results) - len(trained)} FAILED" if len(trained) < len(results) else ""
     return (f"recipe {recipe.stem}{overrides}; {len(results)} cells{missing}, {seeds} "
-            f"seed{'s' * (seeds > 1)}; commit {all_of('commit')}\ndata {all_of('dataset')}, "
+            f"seed{'s' * (seeds > 1)}; commit {all_of('commit')}\ndata {all_of('data')}, "
             f"train sha256 {all_of('data_sha256', 12)}")  # fmt: skip
 
 

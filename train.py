@@ -166,6 +166,9 @@ def main(argv: list[str]) -> None:
     config = load_config(argv)
     out_dir = Path(config.out_dir)
     resume = config.init_from == "resume"
+    if any(out_dir.glob("*/ckpt.pt")):
+        fail(f"out_dir={out_dir} holds other runs; name a folder of its own, as in "
+             f"--out_dir={out_dir / config.recipe}")
     rank, world = join_processes(config.device)
     if config.batch_size % world:
         fail(f"batch_size={config.batch_size} cannot be shared evenly by {world} processes")
@@ -189,6 +192,8 @@ def main(argv: list[str]) -> None:
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None  # encodes targets
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"model {n_parameters / 1e6:.1f}M parameters, {config.max_iters} steps, run {out_dir}")
+    if config.compile and device.type == "cuda":  # first: it draws dropout, so random numbers
+        compile_or_not(model, data, device, autocast)
     step, tokens_seen, flops_seen, seconds, best_ce = 0, 0, 0, 0.0, math.inf
     if resume:
         model.load_state_dict(saved["model"])
@@ -202,8 +207,6 @@ def main(argv: list[str]) -> None:
             torch.cuda.set_rng_state(saved["cuda_rng"], device)
     elif rank == 0 and (out_dir / "ckpt.pt").exists():
         print(f"moved the earlier run to {set_aside(out_dir)}")
-    if config.compile and device.type == "cuda":
-        compile_or_not(model, data, device, autocast)
     forward = model
     if world > 1:  # [PRED] has no gradient in a step without JEPA
         forward = DistributedDataParallel(model, find_unused_parameters=True)
@@ -336,8 +339,9 @@ def main(argv: list[str]) -> None:
     leave_processes(world)
     if rank:
         return
+    run = "" if out_dir.parent == Path("out") else f" {out_dir}"  # they look for runs in out/
     print(f"done in {time.time() - started:.0f} s: {out_dir}/ckpt.pt; the pairs' embeddings are "
-          f"{verdict(measures)}. Next: python sample.py, python eval_alignment.py")
+          f"{verdict(measures)}. Next: python sample.py{run}, python eval_alignment.py{run}")
 
 
 def panel(measures: dict[str, float], n: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,7 @@ def test_training_and_profile_report_every_arm(small, capsys):
 
 
 def test_generation_data_and_curves_report_every_arm(small):
+    Path("test").touch()  # the data's source in words, and by accident a file here
     results = small("--parts=generation,data,curves", "--block_size=256")
     batches = results["parts"]["generation"]["batches"]
     assert set(batches) == {"1", "16", "64"} and "without a cache" in batches["64"]
@@ -109,6 +111,17 @@ def test_without_transformers_the_rest_runs_and_says_so(small, monkeypatch, caps
     assert not any(name.startswith("official") for name in parts["training"]["arms"])
     assert "transformers" not in parts["generation"]["batches"]["16"]
     assert capsys.readouterr().out.count(bench.NO_TRANSFORMERS) == 2
+
+
+def test_too_few_questions_leave_out_generation_alone(small, capsys):
+    parts = small("--parts=generation,curves", "--block_size=32")["parts"]
+    assert "needs 64 held-out questions of at most 16 tokens" in parts["generation"]["skipped"]
+    assert parts["curves"]["shapes"] and "generation left out" in capsys.readouterr().out
+
+
+def test_a_window_needs_more_tokens_than_there_are(small, capsys):
+    line = error_line(capsys, small, "--parts=training", "--block_size=100000")
+    assert "block_size=100000" in line
 
 
 def test_an_unknown_part_is_refused(small, capsys):

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 
-from config import CHOICES, POSITIVE, RECIPES, Config, load_config
+from config import CHOICES, POSITIVE, RECIPES, Config, load_config, moved
 
 SETTABLE = [f for f in fields(Config) if f.name != "recipe"]  # the loader fills in recipe
 NUMBERS = [f.name for f in SETTABLE if f.type in (int, float)]
@@ -243,6 +243,7 @@ def test_a_number_must_be_finite(text, capsys):
     (["--views=steps", "--layout=plan"], "layout=plan goes with views=pairs, not steps"),
     (["--views=steps", "--direction=reverse"], "direction=reverse goes with views=pairs"),
     (["--views=steps", "--answer_view=final"], "answer_view=full"),
+    (["nlrx_jepa", "--data_dir=mine"], "data_dir=mine goes with dataset=gsm8k"),
 ])  # fmt: skip
 def test_values_that_cannot_work_are_refused(args, named, capsys):
     assert named in error_line(capsys, args)
@@ -302,3 +303,11 @@ def test_help_tells_every_choice(capsys):
 def test_rules_name_fields_that_exist():
     """A renamed field would silently lose its check."""
     assert set(CHOICES) | POSITIVE <= {f.name for f in SETTABLE}
+
+
+def test_data_is_looked_for_where_it_was_moved():
+    config = Config(data_dir="here")
+    assert moved(config, "") == config and moved(config, "there").data_dir == "there"
+    for name in ("pairs.jsonl", "book.txt"):
+        own = Config(dataset=f"here/{name}")
+        assert moved(own, "") == own and moved(own, "there").dataset == f"there/{name}"

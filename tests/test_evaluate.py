@@ -205,14 +205,31 @@ def test_it_answers_every_question_and_goes_on_where_it_stopped(trained, capsys)
 
 def test_answers_of_another_checkpoint_are_not_taken_for_its_own(trained, tiny_run, capsys):
     run()
+    summary = (trained / "accuracy-val.json").read_text()
     tiny_run(max_iters=3)
     (trained / "generations-val.jsonl").write_text(
         Path("out/earlier/tiny-1/generations-val.jsonl").read_text())
+    (trained / "accuracy-val.json").write_text(summary)
     run()
     printed = capsys.readouterr().out
     assert "generations-val.jsonl holds" not in printed and "moved the answers" in printed
     assert len((trained / "earlier/generations-val-1.jsonl").read_text().splitlines()) == 21
     assert json.loads((trained / "accuracy-val.json").read_text())["provenance"]["step"] == 3
+    assert (trained / "earlier/accuracy-val-1.json").read_text() == summary
+
+
+def test_a_file_called_as_a_split_is_another_set_of_questions(trained, capsys):
+    """So even if it holds the very same rows."""
+    rows = [json.dumps(row) + "\n" for row in sums(100)]
+    Path("train.jsonl").write_text("".join(rows))
+    run("--split=train", "--n=3")
+    about = (trained / "generations-train-first-3.jsonl").read_text().splitlines()[0]
+    digest = json.loads(about)["questions_sha256"]
+    run("--file=train.jsonl", "--n=3")
+    about = (trained / "generations-train-first-3.jsonl").read_text().splitlines()[0]
+    assert json.loads(about)["questions"] == "train.jsonl"
+    assert json.loads(about)["questions_sha256"] == digest
+    assert "moved the answers of another evaluation" in capsys.readouterr().out
 
 
 def test_runs_are_compared_on_the_same_rows(trained, tiny_run, capsys):

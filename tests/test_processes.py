@@ -74,7 +74,7 @@ def test_two_processes_are_one_and_one_goes_on_where_two_stopped(folder):
 
 
 def test_targets_without_gradient_are_shared_out_too(folder):
-    options = dict(stop_grad=True, jepa_dropout=0.4, jepa_dropout_per="example", spread="vicreg",
+    options = dict(stop_grad=True, jepa_dropout=0.4, jepa_dropout_per="example", spread="sigreg",
                    spread_weight=0.1)  # fmt: skip
     two = start("two", **options)
     train.main(arguments("one", options))

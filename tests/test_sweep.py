@@ -120,7 +120,7 @@ def test_cells_are_the_grid_with_the_last_axis_fastest():
 def test_different_values_have_different_names():
     names = [c.folder.name for c in cells_of("debug", "--jepa_weight=1,0.1234567,0.12345671,1e-7")]
     assert names[0] == "jepa_weight=1" and len(set(names)) == 4
-    paths = cells_of("debug", "--data_dir=/some/where,other", "--out_dir=elsewhere")
+    paths = cells_of("gsm8k_nano", "--data_dir=/some/where,other", "--out_dir=elsewhere")
     assert [str(c.folder) for c in paths] == [
         "elsewhere/data_dir=_some_where", "elsewhere/data_dir=other"]  # fmt: skip
 
@@ -332,12 +332,21 @@ def test_csv_has_a_row_per_cell(trainings):
     sweep.main(["debug", "--jepa_weight=0.5,1", "--seed=0,1", "--max_iters=9"])
     assert list(rows()[0]) == [
         "jepa_weight", "seed", "val_ce", "val_matched", "val_mismatched", "val_retrieval_at_1",
-        "val_effective_rank", "seconds", "commit", "dataset", "data_sha256",
+        "val_effective_rank", "seconds", "commit", "data", "data_sha256",
     ]  # fmt: skip
     assert [(float(r["jepa_weight"]), int(r["seed"]), float(r["val_ce"])) for r in rows()] == [
         (0.5, 0, 1 / 3), (0.5, 1, 4 / 3), (1.0, 0, 1 / 3), (1.0, 1, 4 / 3)]  # fmt: skip
-    assert {(r["commit"], r["dataset"], r["data_sha256"]) for r in rows()} == {
+    assert {(r["commit"], r["data"], r["data_sha256"]) for r in rows()} == {
         ("abc1234", "word_problems", "0" * 64)}  # fmt: skip
+
+
+def test_data_sets_can_be_an_axis(trainings, capsys):
+    trainings.fate = lambda config: {"val_ce": 1.0 + (config.dataset == "regex")}
+    sweep.main(["debug", "--dataset=word_problems,regex", "--max_iters=9"])
+    assert [(r["dataset"], r["val_ce"]) for r in rows()] == [
+        ("word_problems", "1.0"), ("regex", "2.0")]  # fmt: skip
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert ["word_problems", "1", "1.000"] in lines and ["regex", "1", "2.000"] in lines
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, sums
+from conftest import TINY, error_line, sums
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -358,6 +358,13 @@ def test_a_second_run_moves_the_first_aside_intact(tiny_run):
     assert contents("out/earlier/tiny-1") == firsts[0]
     assert contents("out/earlier/tiny-2") == firsts[1]
     assert contents("out/tiny") == firsts[2] != firsts[1]
+
+
+def test_a_folder_of_runs_is_not_taken_for_a_run(tiny_run, capsys):
+    """Or else its second use would move all of them out of the way."""
+    tiny_run(max_iters=1)
+    line = error_line(capsys, tiny_run, out_dir="out")
+    assert "out_dir=out holds other runs" in line and Path("out/tiny/ckpt.pt").exists()
 
 
 def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, sums
+from conftest import TINY, error_line, sums
 
 import data
+import eval_relations
 import sample
 import train
 from config import Config, load_config
 from data import as_pair, load_data, read_jsonl
-from eval_relations import ask
 from model import GPT, block_causal_mask, read_hidden, visible_blocks
 from relations import Facts, relation_facts
-from run import encode_pairs, load_run, pick_device, read_checkpoint
+from run import encode_pairs, load_run, read_checkpoint
 from views import (
     AGAIN,
     CODE,
@@ -768,6 +768,24 @@ def test_samples_of_steps_and_of_running_text(tiny_run, given, capsys):
     assert given[-1] == load_run(Path("out/tiny"), CPU).tokenizer.encode(["What is"])[0]
 
 
+def test_a_run_on_one_kind_of_facts_is_asked_in_its_own_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
+    train.main([*TINY, "--dataset=relations", "--views=facts", "--tokenizer=words", "--max_iters=1",
+                "--n_train_facts=0", "--n_atomic_entities=90", "--jepa_weight=0"])  # fmt: skip
+    eval_relations.main(["out/tiny", "--device=cpu", "--dtype=float32"])
+    facts = json.loads(Path("out/tiny/relations.json").read_text())["facts"]
+    assert set(facts) == {"atomic", "held_out"}
+    for prompt in (" a3 b4  r2", "a3 b4 r2"):
+        sample.main([*SAMPLE, f"--prompt={prompt}"])
+        assert "a3 b4" in capsys.readouterr().out
+    for prompt in ("hello", "a3 b4 x", " "):
+        line = error_line(capsys, sample.main, [*SAMPLE, f"--prompt={prompt}"])
+        assert "must be words that" in line
+    for wrong in ("--seed=99999999999999999999", "--temperature=nan", "--temperature=inf"):
+        assert wrong[2:6] in error_line(capsys, sample.main, [*SAMPLE, wrong])
+
+
 # --- running text and facts -------------------------------------------------------------------
 
 
@@ -858,7 +876,7 @@ def test_ask_gives_the_models_own_probabilities():
     vocab_size = load_data(config).tokenizer.vocab_size
     gpt = GPT(config, vocab_size, layout_of(config).parents).eval()
     rows = relation_facts(3, 20, 16, 40, 30, seed=0)["train"]["rows"][:4]
-    first, second = ask(gpt, facts, rows, torch.device("cpu"), pick_device("cpu", "float32")[1])
+    first, second = eval_relations.ask(gpt, facts, rows, CPU, NO_AUTOCAST)
     for n, row in enumerate(torch.from_numpy(rows)):
         logits = gpt.lm_head(gpt.hidden(row[None], torch.ones(1, 5, dtype=torch.long)))[0]
         want = logits[..., : facts.vocab_size].log_softmax(-1).detach().numpy()
