@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import Config, fail, moved, parse_args
-from data import load_data
+from config import Config, fail, parse_args
 from draw_alignment import draw_pairs, draw_panel
 from jepa import alignment, collapse_panel, cosines, verdict
 from model import GPT, read_hidden
 from run import (
+    data_of,
     exit_quietly,
     load_run,
     pick_device,
@@ -87,14 +87,10 @@ def main(argv: list[str]) -> None:
     measured, floor, digest, first = [], None, None, None
     for path in paths:
         run = load_run(path, device)
-        trained_on = run.provenance["data"]
-        data = load_data(moved(run.config, args.data_dir), run.tokenizer)
-        if data.provenance["train_sha256"] != trained_on["train_sha256"]:
-            fail(f"{run.path} was trained on {trained_on['dataset']} from {trained_on['source']}, "
-                 f"other data than {data.provenance['source']} holds; --data_dir names a folder")
-        if digest not in (None, trained_on["train_sha256"]):
+        data = data_of(run, args.data_dir)
+        if digest not in (None, data.provenance["train_sha256"]):
             fail(f"{run.path} was trained on other data than {paths[0]}: compare runs on one set")
-        digest = trained_on["train_sha256"]
+        digest = data.provenance["train_sha256"]
         pairs = data.pairs.get(args.split)
         pairs = choose(pairs, args.n_pairs, args.pairs_seed) if pairs is not None else None
         if pairs is None or pairs.has_target(np.arange(len(pairs))).sum() < 2:

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import fail, moved, parse_args
-from data import load_data, read_jsonl
+from config import fail, parse_args
+from data import read_jsonl
 from model import GPT, read_hidden
 from regex_equivalence import equivalent
 from run import (
     Run,
+    data_of,
     exit_quietly,
     load_run,
     pick_device,
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
 
 def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     """Answer and score every question for one run; accuracy.json's content, and the answers."""
-    config = moved(run.config, args.data_dir)
+    config = run.config
     if config.views in ("facts", "split"):
         use = "eval_relations.py" if config.views == "facts" else "eval_alignment.py"
         fail(f"{run.path} was trained with views={config.views}, which asks no question; "
@@ -113,11 +114,7 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     if args.judge and not config.jepa_weight:
         print(f"{run.name} was trained without JEPA, so its cosines judge nothing: judge=0 for it")
         args = replace(args, judge=0.0)
-    data = load_data(config, run.tokenizer)
-    trained_on = run.provenance["data"]
-    if data.provenance["train_sha256"] != trained_on["train_sha256"]:
-        fail(f"{run.path} was trained on {trained_on['dataset']} from {trained_on['source']}, "
-             f"other data than {data.provenance['source']} holds; --data_dir names a folder")
+    data = data_of(run, args.data_dir)
     if args.file:
         rows = read_jsonl(Path(args.file), config.bad_lines)
         pairs, n_rows, digest = tokenize(rows[:], run.tokenizer, config)[0], len(rows), rows.sha256

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import CHOICES, Config, fail
+from config import CHOICES, Config, fail, moved
+from data import Data, load_data
 from model import GPT, read_hidden
 from tokenizer import Tokenizer, gpt2_tokenizer
 from views import Pairs, layout_of
@@ -159,6 +160,16 @@ def load_run(path: Path, device: torch.device) -> Run:
         fail(f"{path}: its weights do not fit its config ({str(error).splitlines()[0]})")
     return Run(path.parent.name, path, config, model.to(device).eval(), tokenizer, state["step"],
                state["provenance"])
+
+
+def data_of(run: Run, folder: str) -> Data:
+    """The data that a run was trained on, in `folder` or, if that is empty, where it was; one line
+    and exit 2 if other data lies there."""
+    data, trained_on = load_data(moved(run.config, folder), run.tokenizer), run.provenance["data"]
+    if data.provenance["train_sha256"] != trained_on["train_sha256"]:
+        fail(f"{run.path} was trained on {trained_on['dataset']} from {trained_on['source']}, "
+             f"other data than {data.provenance['source']} holds; --data_dir names a folder")
+    return data
 
 
 def config_of(state: dict[str, Any], path: Path) -> Config:
