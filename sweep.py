@@ -29,9 +29,9 @@ from config import Config, check, convert, fail, find_recipe, help_text, read_re
 from run import exit_quietly, read_records, set_aside
 
 USAGE = "python sweep.py RECIPE --key=value,value,... [--key=value ...] [--jobs=N]"
-FIGURES = {  # of a finished cell: digits in the table
-    "val_ce": 3, "val_matched": 3, "val_mismatched": 3, "val_retrieval_at_1": 3,
-    "val_effective_rank": 1, "seconds": 1,
+FIGURES = {  # of a finished cell: digits in the table; val_exact where eval_answers asks for it
+    "val_ce": 3, "val_exact": 3, "val_matched": 3, "val_mismatched": 3, "val_retrieval_at_1": 3,
+    "val_effective_rank": 1, "tflop": 2, "seconds": 1,
 }  # fmt: skip
 PANELS = (  # of heat.png: title, figure, and a colour map in which brighter is better
     ("validation CE, nats per label", lambda r: r["val_ce"], "viridis_r"),
@@ -224,11 +224,12 @@ def final(cell: Cell) -> dict[str, Any] | None:
     about = earlier_run(cell)
     for record in read_records(cell.folder / "metrics.jsonl") if about else []:
         if "val_ce" in record and record["step"] == cell.config.max_iters:
-            data = about["data"]
+            data, record["tflop"] = about["data"], record["flops"] / 1e12
             return {
-                **{key: record[key] for key in FIGURES}, "commit": about["commit"],
-                "data": data["dataset"], "data_sha256": data["train_sha256"],
-            }  # fmt: skip
+                **{key: record[key] for key in FIGURES if key in record},
+                "commit": about["commit"], "data": data["dataset"],
+                "data_sha256": data["train_sha256"],
+            }
     return None
 
 
@@ -240,11 +241,16 @@ def summary(r: dict[str, Any]) -> str:
 
 def write_csv(path: Path, axes: list[str], results: list[dict]) -> None:
     """A row per cell; a cell that failed has no figures."""
-    columns = [*axes, *FIGURES, "commit", "data", "data_sha256"]
+    columns = [*axes, *figures_of(results), "commit", "data", "data_sha256"]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(results)
+
+
+def figures_of(results: list[dict]) -> dict[str, int]:
+    """The figures that some cell has, with their digits."""
+    return {f: digits for f, digits in FIGURES.items() if any(f in result for result in results)}
 
 
 def grouped(results: list[dict], keys: list[str]) -> dict[tuple, list[dict]]:
@@ -268,9 +274,10 @@ def number(mean: float, sd: float | None, digits: int = 3, gap: str = " ") -> st
 def table(axes: list[str], trained: list[dict]) -> list[str]:
     """Lines: for each combination of the axes but the seed, mean ± sample sd over the seeds."""
     keys = [key for key in axes if key != "seed"]
-    rows = [[*keys, "n", *(f.removeprefix("val_").replace("_at_", "@") for f in FIGURES)]]
+    figures = figures_of(trained)
+    rows = [[*keys, "n", *(f.removeprefix("val_").replace("_at_", "@") for f in figures)]]
     for values, group in grouped(trained, keys).items():
-        cells = (number(*mean_sd([r[f] for r in group]), digits) for f, digits in FIGURES.items())
+        cells = (number(*mean_sd([r[f] for r in group]), digits) for f, digits in figures.items())
         rows.append([*map(short, values), str(len(group)), *cells])
     widths = [max(map(len, column)) for column in zip(*rows)]
     title = "mean ± sample sd over n seeds" if "seed" in axes else "one seed, so no spread"

@@ -41,7 +41,8 @@ def write_run(config, step=None, data="0" * 64, **figures):
     about = {"commit": "abc1234", "data": {"dataset": "word_problems", "train_sha256": data}}
     (folder / "config.json").write_text(
         json.dumps({"config": asdict(config), "provenance": about}))  # fmt: skip
-    record = dict.fromkeys(sweep.FIGURES, 0.5) | {"step": step, **figures}
+    measured = set(sweep.FIGURES) - {"val_exact", "tflop"}
+    record = dict.fromkeys(measured, 0.5) | {"step": step, "flops": 5e11, **figures}
     lines = [{"step": 0, "ce": 1.0}] + ([record] if step else [])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if step:
@@ -306,7 +307,7 @@ def test_table_has_mean_and_sample_sd_over_the_seeds(trainings, capsys):
     lines = capsys.readouterr().out.splitlines()
     [header] = [line for line in lines if line.split()[:2] == ["n_pred", "n"]]
     assert header.split()[2:] == [
-        "ce", "matched", "mismatched", "retrieval@1", "effective_rank", "seconds"]  # fmt: skip
+        "ce", "matched", "mismatched", "retrieval@1", "effective_rank", "tflop", "seconds"]
     first, second = lines[lines.index(header) + 1 :][:2]
     # sqrt((.3² + .1² + .4²) / 2) = .361 and .1; the population's would be .294 and .082
     assert first.split()[:5] == ["0", "3", "4.300", "±", "0.361"]
@@ -332,12 +333,22 @@ def test_csv_has_a_row_per_cell(trainings):
     sweep.main(["debug", "--jepa_weight=0.5,1", "--seed=0,1", "--max_iters=9"])
     assert list(rows()[0]) == [
         "jepa_weight", "seed", "val_ce", "val_matched", "val_mismatched", "val_retrieval_at_1",
-        "val_effective_rank", "seconds", "commit", "data", "data_sha256",
+        "val_effective_rank", "tflop", "seconds", "commit", "data", "data_sha256",
     ]  # fmt: skip
+    assert {r["tflop"] for r in rows()} == {"0.5"}
     assert [(float(r["jepa_weight"]), int(r["seed"]), float(r["val_ce"])) for r in rows()] == [
         (0.5, 0, 1 / 3), (0.5, 1, 4 / 3), (1.0, 0, 1 / 3), (1.0, 1, 4 / 3)]  # fmt: skip
     assert {(r["commit"], r["data"], r["data_sha256"]) for r in rows()} == {
         ("abc1234", "word_problems", "0" * 64)}  # fmt: skip
+
+
+def test_exact_match_is_a_figure_where_it_was_asked_for(trainings, capsys):
+    trainings.fate = lambda config: {"val_exact": (config.seed + 1) / 4}
+    sweep.main(["debug", "--seed=0,1", "--eval_answers=8"])
+    header, line = capsys.readouterr().out.split("over n seeds\n")[1].splitlines()[:2]
+    assert header.split()[:3] == ["n", "ce", "exact"]
+    assert line.split()[4:7] == ["0.375", "±", "0.177"]
+    assert [r["val_exact"] for r in rows()] == ["0.25", "0.5"]
 
 
 def test_data_sets_can_be_an_axis(trainings, capsys):
