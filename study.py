@@ -2,10 +2,10 @@
 
     python study.py STAGE [--dataset=pairs.jsonl] [--jobs=2] [--out_dir=...] [--key=value ...]
 
-    coarse    17 arms, one seed              longer    at equal compute, with and without dropout
-    main      three arms, five seeds         dropout   that with the best dropout of each arm
-    two       two of them, for other data    rivals    regularizers, and more of JEPA
-    variants  every layout, loss and option, one seed
+    coarse    23 arms, one seed              longer    at equal compute, with and without dropout
+    families  the best of each, five seeds   dropout   that with the best dropout of each arm
+    main      three arms, five seeds         variants  every layout, loss and option, one seed
+    two       two of them, for other data
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished. Compared are greedy exact match on 512 validation
@@ -73,17 +73,25 @@ STAGES = {
         "InfoNCE λ .2, LD .75": dict(NCE, jepa_weight=0.2, jepa_dropout=0.75),
         "cosine λ .5, sigreg .02": dict(jepa_weight=0.5, spread="sigreg", spread_weight=0.02),
         "cosine λ .5, vicreg .1": dict(jepa_weight=0.5, spread="vicreg", spread_weight=0.1),
+        "cosine λ .5, sigreg .005": dict(jepa_weight=0.5, spread="sigreg", spread_weight=0.005),
+        "cosine λ .5, vicreg .5": dict(jepa_weight=0.5, spread="vicreg", spread_weight=0.5),
+        "cosine λ .3, cross, stop_grad": dict(DEFAULT, stop_grad=True),
+        "InfoNCE λ .05, k 0": dict(NCE, n_pred=0),
+        "InfoNCE λ .05, k 2": dict(NCE, n_pred=2),
+        "InfoNCE λ .1, LD .5": dict(NCE, jepa_weight=0.1, jepa_dropout=0.5),
     }),
     "main": (range(5), MAIN),
     "two": (range(5), {arm: MAIN[arm] for arm in ("λ 0", "InfoNCE λ .05")}),
-    "rivals": (range(5), {  # what else might do what JEPA does, and more of JEPA
+    "families": (range(5), {  # each with what did best in the coarse pass
         "λ 0": MAIN["λ 0"],
-        "λ 0, dropout .1": dict(jepa_weight=0.0, dropout=0.1),
-        "InfoNCE λ .05": NCE,
-        "InfoNCE λ .05, dropout .1": dict(NCE, dropout=0.1),
+        "plan, λ 0": dict(layout="plan", jepa_weight=0.0),
+        "plan, InfoNCE λ .05": dict(NCE, layout="plan"),
+        "InfoNCE λ .05, k 2": dict(NCE, n_pred=2),
         "InfoNCE λ .05, k 4": dict(NCE, n_pred=4),
         "InfoNCE λ .05, stop_grad": dict(NCE, stop_grad=True),
-        "InfoNCE λ .05, growing": dict(NCE, jepa_warmup_iters=300),
+        "InfoNCE λ .1, LD .5": dict(NCE, jepa_weight=0.1, jepa_dropout=0.5),
+        "cosine λ .5, sigreg .005": dict(jepa_weight=0.5, spread="sigreg", spread_weight=0.005),
+        "cosine λ .5, vicreg .5": dict(jepa_weight=0.5, spread="vicreg", spread_weight=0.5),
     }),
     "longer": (range(5, 10), {  # other seeds, as many operations in all arms on Turk
         "λ 0, dropout .1, 1,645 steps": dict(
