@@ -126,7 +126,7 @@ def take_turns(arms: Arms, steps: list[int], device: torch.device) -> dict[str, 
     return {name: np.array(rounds[1:]) for name, rounds in seen.items()}
 
 
-def spread_of(values) -> dict[str, float | list[float]]:
+def quartiles_of(values) -> dict[str, float | list[float]]:
     """Median and quartiles."""
     low, median, high = np.percentile([float(value) for value in values], (25, 50, 75)).tolist()
     return {"median": median, "quartiles": [low, high]}
@@ -161,10 +161,11 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
     n_tokens = 0  # of our plain row, so that nanoGPT's steps can be made as large
 
     def ours(variant):
+        own = replace(pairs, config=variant)
+
         def step(number):
             nonlocal n_tokens
-            pairs.config = variant
-            _, n, _ = forward_backward(model, pairs, number, device, autocast)
+            _, n, _ = forward_backward(model, own, number, device, autocast)
             update(model, optimizer, config)
             n_tokens = n if variant is variants["CE only"] else n_tokens
             return n
@@ -172,10 +173,10 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
         return step
 
     # Every other step carries JEPA under dropout .5, as half of all steps do.
-    pairs.config = half
+    own = replace(pairs, config=half)
     carry, spare = [], []
     for step in range(100):
-        (carry if pairs.with_jepa(pairs.batch(step), step, 0).any() else spare).append(step)
+        (carry if own.with_jepa(own.batch(step), step, 0).any() else spare).append(step)
     steps = [step for both in zip(carry, spare) for step in both]
     arms: Arms = {name: ours(variant) for name, variant in variants.items()}
     rounds = take_turns(arms, [steps[-1], *steps[:ROUNDS]], device)
@@ -188,7 +189,6 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
                 pairs, variants["JEPA"], device, dtype
             )
     peers = take_turns(against, [steps[-1], *steps[:SLOW_ROUNDS]], device)
-    pairs.config = config
 
     # nanoGPT has a label at every token, our rows at the answer's only: part of the difference.
     lengths = pairs.lengths[np.concatenate([pairs.batch(step) for step in steps[:ROUNDS]])]
@@ -205,8 +205,8 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
             if name.endswith("dropout .5"):  # a step with JEPA and one without are one value
                 seconds = seconds.reshape(-1, 2).mean(1)
                 over = seconds / base.reshape(-1, 2).mean(1)
-            over = spread_of(over)
-        tokens_per_second = spread_of(rate(seen))
+            over = quartiles_of(over)
+        tokens_per_second = quartiles_of(rate(seen))
         results["arms"][name] = {"ms": 1e3 * statistics.median(seconds), "over_ce_only": over,
                                  "tokens_per_second": tokens_per_second}  # fmt: skip
         print(f"{name:<30}{results['arms'][name]['ms']:>10,.0f}"
@@ -214,7 +214,7 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
     for name, seen in peers.items():
         ours_is = "CE only" if name.startswith("nanoGPT") else "JEPA"
         if name not in variants:
-            ratio = spread_of(rate(peers[ours_is]) / rate(seen))
+            ratio = quartiles_of(rate(peers[ours_is]) / rate(seen))
             results["ratios"][f"{ours_is} over {name}"] = ratio
             print(f"{ours_is} has {shown(ratio)} times the tokens/s of {name}")
     if not transformers:
@@ -272,8 +272,8 @@ def generation(config: Config, data: Data, device, autocast, argv) -> dict:
         rounds = take_turns(arms, list(range(SLOW_ROUNDS + 1)), device)
         results["batches"][B] = {}
         for name, seen in rounds.items():
-            rates = spread_of(rate(seen))
-            faster = None if name == "ours" else spread_of(rate(rounds["ours"]) / rate(seen))
+            rates = quartiles_of(rate(seen))
+            faster = None if name == "ours" else quartiles_of(rate(rounds["ours"]) / rate(seen))
             results["batches"][B][name] = {"tokens_per_second": rates, "ours_is_faster_by": faster}
             print(f"{B:>5}  {name:<16}{1e3 * B / rates['median']:>12.1f}{rates['median']:>10,.0f}"
                   f"{shown(faster) if faster else '':>22}")
@@ -332,7 +332,8 @@ def loading(config: Config, data: Data, device, autocast, argv) -> dict:
             results[name] = {"pairs": n_pairs}
             for state, rounds in seen.items():
                 seconds, megabytes = zip(*rounds)
-                results[name][state] = {"seconds": spread_of(seconds), "MB": spread_of(megabytes)}
+                results[name][state] = {"seconds": quartiles_of(seconds),
+                                        "MB": quartiles_of(megabytes)}  # fmt: skip
             cold, warm = results[name]["cold"], results[name]["warm"]
             print(f"{name:<32}{n_pairs:>16,}{cold['seconds']['median']:>10.2f}"
                   f"{warm['seconds']['median']:>10.2f}{cold['MB']['median']:>12,.0f}"
@@ -384,11 +385,11 @@ def curves(config: Config, data: Data, device, autocast, argv) -> dict:
     results = {"rounds": SLOW_ROUNDS, "shapes": {}}
     print(f"\na step of rows x tokens of text and code{'ms':>12}{'us a token':>12}")
     for name, seen in rounds.items():
-        each = spread_of(1e6 * seen[:, 0] / seen[:, 1])
-        results["shapes"][name] = {"ms": spread_of(1e3 * seen[:, 0]), "us_per_token": each}
+        each = quartiles_of(1e6 * seen[:, 0] / seen[:, 1])
+        results["shapes"][name] = {"ms": quartiles_of(1e3 * seen[:, 0]), "us_per_token": each}
         print(f"{name:<40}{1e3 * statistics.median(seen[:, 0]):>12,.0f}{each['median']:>12.1f}")
     long, longer = (f"{TOKENS // T} x {T}" for T in LENGTHS[-2:])
-    power = 1 + spread_of(np.log2(rate(rounds[long]) / rate(rounds[longer])))["median"]
+    power = 1 + quartiles_of(np.log2(rate(rounds[long]) / rate(rounds[longer])))["median"]
     results["power_of_length"] = power
     print(f"doubling the longest rows makes one cost 2^{power:.2f} (attention alone: 2^2)")
     return results
@@ -427,17 +428,17 @@ def profile(config: Config, data: Data, device, autocast, argv) -> dict:
     arms = {"CE only": dict(jepa_weight=0.0),
             "JEPA": dict(jepa_weight=config.jepa_weight or 1.0, jepa_dropout=0.0, stop_grad=False,
                          ema=0.0)}  # fmt: skip
-    arms = {name: replace(config, gradient_accumulation_steps=1, **o) for name, o in arms.items()}
+    arms = {name: replace(pairs, config=replace(config, gradient_accumulation_steps=1, **options))
+            for name, options in arms.items()}  # fmt: skip
     dtype = dtype_of(autocast, device)
     ceilings = {n: torch.randn(2, n, n, device=device).to(dtype).unbind() for n in (1024, 2048)}
     seen, trunk_flops = {name: [] for name in arms}, {name: [] for name in arms}
     ceiling = []
     for number in range(ROUNDS + 1):
-        for name, variant in arms.items():
-            pairs.config = variant
+        for name, own in arms.items():
             stamps.clear()
             stamp()
-            *_, flops = forward_backward(model, pairs, number, device, autocast)
+            *_, flops = forward_backward(model, own, number, device, autocast)
             stamp()
             update(model, optimizer, config)
             stamp()
@@ -454,24 +455,22 @@ def profile(config: Config, data: Data, device, autocast, argv) -> dict:
                 best = max(best, 2 * n**3 / (stamps[1] - stamps[0]))
         ceiling.append(best)
 
-    results = {"rounds": ROUNDS, "ceiling_flops_per_second": spread_of(ceiling[1:]),
+    results = {"rounds": ROUNDS, "ceiling_flops_per_second": quartiles_of(ceiling[1:]),
                "ceiling_dtype": str(dtype), "arms": {}}  # fmt: skip
-    for name, variant in arms.items():
-        pairs.config = variant
+    for name, own in arms.items():
         seconds = np.array(seen[name][1:])  # (rounds, phases)
         assert seconds.shape[1] == len(phases)
         speed = np.array(trunk_flops[name][1:]) / seconds[:, [1, 4]].sum(1)
-        blocks = pairs.layout.row if name == "JEPA" else pairs.layout.plain
-        batches = [pairs.pack(pairs.batch(i), blocks, name == "JEPA").block
-                   for i in range(len(pairs) // config.batch_size)]
+        blocks = own.layout.row if name == "JEPA" else own.layout.plain
+        batches = [own.pack(own.batch(i), blocks, name == "JEPA").block
+                   for i in range(len(own) // config.batch_size)]
         padding = sum((b == PAD).sum().item() for b in batches) / sum(b.numel() for b in batches)
         results["arms"][name] = {
-            "seconds": {p: spread_of(s) for p, s in zip(phases, seconds.T)},
-            "share": {p: spread_of(s) for p, s in zip(phases, (seconds.T / seconds.sum(1)))},
-            "padding": padding, "trunk_flops_per_second": spread_of(speed),
-            "trunk_over_ceiling": spread_of(speed / np.array(ceiling[1:])),
+            "seconds": {p: quartiles_of(s) for p, s in zip(phases, seconds.T)},
+            "share": {p: quartiles_of(s) for p, s in zip(phases, (seconds.T / seconds.sum(1)))},
+            "padding": padding, "trunk_flops_per_second": quartiles_of(speed),
+            "trunk_over_ceiling": quartiles_of(speed / np.array(ceiling[1:])),
         }  # fmt: skip
-    pairs.config = config
     print(f"\nwhere a step's time goes, ms (share)\n{'':<34}"
           + "".join(f"{name:>18}" for name in arms))
     for phase in phases:

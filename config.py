@@ -62,9 +62,9 @@ class Config:
     ce_weight: float = 1.0  # weight of the cross-entropy
     jepa_weight: float = 1.0  # weight of the JEPA distance; 0 is the baseline (no R either)
     jepa_loss: str = "cosine"  # cosine | l2 | mse | infonce
-    jepa_dropout: float = 0.0  # share of steps that skip the JEPA term, and its cost
+    jepa_dropout: float = 0.0  # share of steps (or examples) without the JEPA term and its cost
+    jepa_dropout_per: str = "batch"  # batch (whole steps) | example
     jepa_warmup_iters: int = 0  # steps over which the weights of d and R grow from 0
-    jepa_dropout_per: str = "batch"  # batch | example: what is skipped as one
     layout: str = "tree"  # tree | isolated (answer alone) | plan (answer continues [PRED])
     direction: str = "forward"  # forward | reverse (predict the question from the answer)
     pred_place: str = "back"  # back | front ([PRED] before a copy of the question)
@@ -128,7 +128,8 @@ def load_config(argv: list[str]) -> Config:
 
     Prints the path of the recipe it read. Exits with code 2 and one line on any mistake.
     """
-    values, recipes = parse_args(Config, argv, "python train.py [RECIPE] [--key=value ...]")
+    usage = f"python {Path(sys.argv[0]).name} [RECIPE] [--key=value ...]"
+    values, recipes = parse_args(Config, argv, usage)
     if len(recipes) > 1:
         fail(f"one recipe at a time, got {' '.join(recipes)}")
     path = find_recipe(recipes[0]) if recipes else None

@@ -2,8 +2,9 @@
 
     python draw.py [RECIPE] [--key=value ...]      for example: python draw.py --layout=plan
 
-The row is a toy pair, but it is packed by views.py and masked by model.py: what you see is what
-the model gets.
+A toy pair with every block of the layout, packed by views.py and masked by model.py. Training
+leaves out [PRED] and the target at λ = 0, encodes the target in a row of its own with stop_grad,
+and has no end marks in facts and running text.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
     python eval_alignment.py RUN ...      these runs (folders or checkpoint files)
 
 Writes alignment.png, alignment_panel.png and alignment.json beside the runs. It only evaluates, it
-never trains. Runs that differ in nothing but their seed are one model: mean and spread. An
+never trains. Runs that differ in nothing but their seed are one model: mean and sd. An
 untrained model of the first run's size is measured as the floor: a cosine means nothing without
 the cosine of mismatched pairs, and neither means much without what no training at all gives.
 """

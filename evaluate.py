@@ -54,11 +54,11 @@ class Args:
     # how to answer and score
     max_new_tokens: int = 0  # at most; 0 is the length of the longest answer in train
     batch_size: int = 64  # questions at a time
-    score: str = "auto"  # auto (by the data) | number (after ####) | final | string | regex
+    score: str = "auto"  # auto | number (after ####) | final (a number alone) | string | regex
     # choosing among several answers to a question
-    samples: int = 0  # drawn beside the greedy answer, all at once; the best of all is given
+    samples: int = 0  # answers drawn beside the greedy one, all in memory; the best is scored
     temperature: float = 0.7  # of what is drawn
-    judge: float = 0.0  # best: log-probability + this times the cosine of Pred and Enc
+    judge: float = 0.0  # weight of cos(Pred, Enc) beside the log-probability in choosing it
     # where
     device: str = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16

@@ -72,12 +72,12 @@ def official_step(pairs: Pairs, config: Config, device, dtype):
     """A step of the official recipe: per example a row [q a], with labels, and a row [q P | a],
     whose halves an additive mask keeps apart, in one batch; padded to block_size; logits
     everywhere; the gradient through both views. Its tokens are those that our row needs."""
+    pairs = replace(pairs, config=config)
     T, k, V = config.block_size, config.n_pred, pairs.vocab_size
     model = empty_gpt2(config, V + k).to(device).train()
     optimizer = make_optimizer(model, config)
 
     def step(number):
-        pairs.config = config
         rows = pairs.batch(number)
         rows = rows[pairs.lengths[rows][:, [TEXT - 1, CODE - 1]].sum(1) + k <= T]
         rows = rows[:EXAMPLES]

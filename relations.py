@@ -6,7 +6,7 @@ can it answer "e2 r^-1 ?"?
     atomic     e3 r e4                  one direction, of other entities
     held_out              e4 r^-1 e3    the other direction of exactly these, never trained on
 
-A row is five tokens: an entity has two, a relation one. There is no text, only token ids.
+A row is five tokens: an entity has two, a relation one. Facts.words spells them.
 """
 
 import math

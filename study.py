@@ -1,29 +1,33 @@
 """The study of English → regex: which JEPA setting, if any, beats the plain language model?
 
-    python study.py STAGE [--dataset=pairs.jsonl] [--jobs=2] [--out_dir=...] [--key=value ...]
+    python study.py STAGE [--dataset=pairs.jsonl] [--jobs=2] [--key=value ...]
 
-    coarse    23 arms, one seed              longer    at equal compute, with and without dropout
-    families  the best of each, five seeds   dropout   that with the best dropout of each arm
-    main      three arms, five seeds         variants  every layout, loss and option, one seed
-    two       two of them, for other data
+    coarse      23 arms, one seed
+    families    the best of each family, five seeds
+    main        three arms, five seeds
+    two         two of those, for other data
+    longer      at equal compute, with and without dropout
+    dropout     the same with the best dropout of each arm
+    converged   at equal compute until it levels off, for all rows of a file
+    variants    every layout, loss and option, one seed
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished. Compared are greedy exact match on 512 validation
 questions, at several points of training and so of compute, and the collapse panel. Writes
-results.json, study.png and the table in README.md's form. --ask=val, test or a file of pairs has
-the trained models answer those too, of a file the first 2,000 whose answer is in neither train nor
+results.json, study.png and a table as in LOG.md. --ask=val, test or a file of pairs has the
+trained models answer those too, of a file the first 2,000 whose answer is in neither train nor
 validation; --samples and --judge choose among several answers, as in evaluate.py.
 """
 
 import json
 import math
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from config import Config, check, convert, fail, find_recipe, read_recipe
+from config import Config, check, fail, find_recipe, parse_args, read_recipe
 from data import load_data, read_jsonl
 from evaluate import SHARES, Args, evaluate
 from run import exit_quietly, load_run, pick_device, read_records
@@ -101,6 +105,11 @@ STAGES = {
         "λ 0, 1,645 steps": dict(jepa_weight=0.0, max_iters=1645, eval_interval=411),
         "InfoNCE λ .05, 1,200 steps": dict(NCE, max_iters=1200, eval_interval=300),
     }),
+    "converged": (range(3), {  # with --train_rows=0, 13 epochs of NL-RX
+        "λ 0, 3,000 steps": dict(jepa_weight=0.0, max_iters=3000, eval_interval=750),
+        "InfoNCE λ .2, LD .75, 2,727 steps": dict(
+            NCE, jepa_weight=0.2, jepa_dropout=0.75, max_iters=2727, eval_interval=682),
+    }),
     "dropout": (range(5, 10), {  # as longer, each arm with its best dropout and share of JEPA steps
         "λ 0, dropout .2, 1,645 steps": dict(
             jepa_weight=0.0, dropout=0.2, max_iters=1645, eval_interval=411),
@@ -109,30 +118,33 @@ STAGES = {
             eval_interval=376),
     }),
 }  # fmt: skip
+USAGE = "python study.py STAGE [--key=value ...]"
 ROLES = {"system": "system", "user": "text", "assistant": "code"}
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
 PANEL = ("val_matched", "val_mismatched", "val_retrieval_at_1", "val_effective_rank")
 
 
+@dataclass(frozen=True)
+class Options(Config):
+    # of the study; beside them any field that python train.py --help lists
+    jobs: int = 1  # runs to train at a time
+    ask: str = ""  # val | test | a .jsonl of pairs: what to answer after training
+    samples: int = 0  # as in evaluate.py
+    judge: float = 0.0  # as in evaluate.py
+
+
 def main(argv: list[str]) -> None:
-    stage = argv[0] if argv and argv[0] in STAGES else fail(f"name a stage: {', '.join(STAGES)}")
-    given = {}
-    for arg in argv[1:]:
-        key, equals, text = arg.removeprefix("--").partition("=")
-        if not equals:
-            fail(f"{arg}: options are written --key=value")
-        given[key] = text
-    jobs = given.pop("jobs", "1")
-    if not jobs.isdecimal() or int(jobs) < 1:
-        fail(f"jobs={jobs} must be a whole number, at least 1")
-    asking = {"split": given.pop("ask", "")}
-    for key in ("samples", "judge"):
-        if key in given:
-            asking[key] = convert(Args, key, given.pop(key), "on the command line")
-    questions = Args(score="regex", **asking)
+    given, names = parse_args(Options, argv, USAGE)
+    if len(names) != 1 or names[0] not in STAGES:
+        fail(f"name a stage: {', '.join(STAGES)}")
+    [stage] = names
+    jobs = given.pop("jobs", 1)
+    if jobs < 1:
+        fail(f"jobs={jobs} must be at least 1")
+    choosing = {key: given.pop(key) for key in ("samples", "judge") if key in given}
+    questions = Args(score="regex", split=given.pop("ask", ""), **choosing)
     if questions.samples and not questions.split:
         fail(f"samples={questions.samples} answers to what? --ask=val, test or a file of pairs")
-    given = {key: convert(Config, key, text, "on the command line") for key, text in given.items()}
     seeds, arms = STAGES[stage]
     for key in given:
         if key in ("seed", "init_from") or any(key in options for options in arms.values()):
@@ -142,7 +154,7 @@ def main(argv: list[str]) -> None:
     folder = Path(given.pop("out_dir", f"out/study-{stage}"))
     cells = {(arm, seed): make_cell(folder, arm, {**BASE, **given, **options}, seed)
              for arm, options in arms.items() for seed in seeds}  # fmt: skip
-    n_failed = train_cells(list(cells.values()), int(jobs))
+    n_failed = train_cells(list(cells.values()), jobs)
 
     finished = {at: figures for at, cell in cells.items() if (figures := final(cell))}
     if len({figures["data_sha256"] for figures in finished.values()}) > 1:
@@ -286,7 +298,7 @@ def draw(results: dict[str, dict], about: dict):
     curves.legend(frameon=False, fontsize=7)
     gap.set(xlabel="cosine, matched − mismatched", ylabel="retrieval@1")
     data = about["data"]
-    figure.suptitle(f"English → regex, {data['train_rows']} rows of {data['dataset']}")
+    figure.suptitle(f"{data['dataset']}, {data['train_rows']} rows")
     figure.supxlabel(
         f"seeds {about['seeds']}, mean ± sd; train sha256 {data['train_sha256'][:12]}, commit "
         f"{about['commit']}, torch {about['torch']}, {about['time']}", fontsize=7, color="grey",

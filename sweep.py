@@ -280,7 +280,7 @@ def table(axes: list[str], trained: list[dict]) -> list[str]:
         cells = (number(*mean_sd([r[f] for r in group]), digits) for f, digits in figures.items())
         rows.append([*map(short, values), str(len(group)), *cells])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    title = "mean ± sample sd over n seeds" if "seed" in axes else "one seed, so no spread"
+    title = "mean ± sample sd over n seeds" if "seed" in axes else "one seed, so no sd"
     return ["", title, *("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in rows)]
 
 

@@ -1,13 +1,11 @@
 """
-Generators of paired views that need no network.
+Word problems in the form of GSM8K, questions and worked answers, for when it cannot be had:
 
-- word problems: questions and worked answers in the form of GSM8K, for when it cannot be had:
+    Grace sold 96 mugs in June and half as many in July. How many mugs did Grace sell ...?
 
-      Grace sold 96 mugs in June and half as many in July. How many mugs did Grace sell ...?
-
-      Grace sold 96/2 = <<96/2=48>>48 mugs in July.
-      Together this makes 96+48 = <<96+48=144>>144 mugs.
-      #### 144
+    Grace sold 96/2 = <<96/2=48>>48 mugs in July.
+    Together this makes 96+48 = <<96+48=144>>144 mugs.
+    #### 144
 
 This is not GSM8K, and results on it must not be called so: a few dozen templates filled with
 random names and numbers are far easier than 8,792 problems that people thought up.

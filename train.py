@@ -73,14 +73,14 @@ def forward_backward(
     """  # fmt: skip
     config, layout, forward = train.config, train.layout, forward or model
     n_micro = config.gradient_accumulation_steps
-    # At first JEPA's gradient is the larger one, and clipping would take that out of CE's.
+    # At first JEPA's gradient is the larger one, and clipping their sum would shrink CE's part.
     grown = min(1.0, step / config.jepa_warmup_iters) if config.jepa_warmup_iters else 1.0
     # The target shares the row of its question and answer, unless it needs no gradient: then it
     # runs in a pass of its own, forward only.
     apart = config.stop_grad or ema is not None
     examples = [train.batch(step * n_micro + i) for i in range(n_micro)]
     with_jepa = [train.with_jepa(rows, step, i) for i, rows in enumerate(examples)]
-    blocks = layout.without_target() if apart else layout.row
+    blocks = [b for b in layout.row if not apart or b != layout.enc or b in layout.plain]
     batches = [train.pack(rows, blocks, keep) for rows, keep in zip(examples, with_jepa)]
     mine = slice(rank, None, world)
     # Mean over all labels and all JEPA examples of the step, not of a micro-batch: n_micro
@@ -259,9 +259,8 @@ def main(argv: list[str]) -> None:
         stopping = agree(stop_signal, world, device)
 
         # once in a while: evaluate on the same held-out pairs, and save
-        if rank:
-            pass  # the first process evaluates and saves, the others wait for its next step
-        elif (step > 0 and step % config.eval_interval == 0) or last:
+        at_interval = step > 0 and step % config.eval_interval == 0
+        if rank == 0 and (at_interval or last):  # other processes wait for its next step
             val_ce, pred, target = encode_pairs(
                 model, data.pairs["val"], config.eval_pairs, device, autocast
             )
@@ -287,7 +286,7 @@ def main(argv: list[str]) -> None:
                 save("best.pt")
             save_last()
             plot_losses(metrics_path, out_dir / "loss.png")
-        elif stopping:
+        elif rank == 0 and stopping:
             save_last()
         if stopping:
             print(f"saved {out_dir}/ckpt.pt at step {step}; --init_from=resume goes on from there")

@@ -33,10 +33,6 @@ class Layout(NamedTuple):
     pred: int  # Pred is read at the end of this block
     enc: int  # Enc is read at the end of this block (or is the mean over it)
 
-    def without_target(self) -> tuple[int, ...]:
-        """The row when Enc is encoded in a pass of its own."""
-        return tuple(b for b in self.row if b != self.enc or b in self.plain)
-
 
 def layout_of(config: Config) -> Layout:
     """The tree that the config asks for (config.check has refused what makes no sense).
@@ -124,8 +120,8 @@ class Pairs:
     def batch(self, step: int) -> np.ndarray:
         """(B,) the examples of micro-batch `step`, a pure function of (seed, step).
 
-        Every epoch is a new order without repeats; what is left over at its end waits for the
-        next. To need little padding, a batch holds examples of like length: of the whole row
+        Every epoch is a new order without repeats; what is left over at its end is left
+        out. To need little padding, a batch holds examples of like length: of the whole row
         first, then, among eight batches of those, of the code, which JEPA adds once more (GSM8K:
         2 % of positions with and without JEPA; by the whole row alone 10 % without). A random 3 %
         of the lengths keeps the batches from being the same in every epoch.
@@ -206,8 +202,8 @@ def pred_tokens(config: Config, vocab_size: int) -> list[int]:
 
 
 class Example(NamedTuple):
-    """One example in tokens. The first `asked` of the text are the question, what follows is answer
-    and has labels, as the code has. target None is the code again, an empty one means no JEPA."""
+    """One example in tokens. Labels: the text after its first `asked` tokens (the question), and
+    the code. target: None is the code again, [] means no JEPA term."""
 
     text: list[int]
     asked: int

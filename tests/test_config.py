@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import asdict, fields
 
 import pytest
 
@@ -98,15 +98,11 @@ def test_every_recipe_loads(name):
     assert load_config([name]).recipe == name
 
 
-def test_baseline_differs_from_jepa_in_jepa_weight_alone():
-    jepa, baseline = (asdict(load_config([f"gsm8k_{r}"])) for r in ("jepa", "baseline"))
+@pytest.mark.parametrize("task", ["gsm8k", "nlrx"])
+def test_baseline_differs_from_jepa_in_jepa_weight_alone(task):
+    jepa, baseline = (asdict(load_config([f"{task}_{r}"])) for r in ("jepa", "baseline"))
     assert {k for k in jepa if jepa[k] != baseline[k]} == {"recipe", "out_dir", "jepa_weight"}
     assert baseline["jepa_weight"] == 0 < jepa["jepa_weight"]
-
-
-def test_config_is_frozen():
-    with pytest.raises(FrozenInstanceError):
-        Config().n_layer = 3
 
 
 # --- conversions ------------------------------------------------------------------------------
@@ -166,11 +162,6 @@ def test_options_are_written_with_two_dashes_and_equals(arg, capsys):
 def test_two_recipes_are_refused(capsys):
     line = error_line(capsys, ["debug", "gsm8k_jepa"])
     assert "one recipe at a time, got debug gsm8k_jepa" in line
-
-
-def test_value_after_a_space_is_refused(capsys):
-    """--n_layer 3 is not read as --n_layer=3 with a recipe called 3."""
-    assert "--n_layer: options are written --key=value" in error_line(capsys, ["--n_layer", "3"])
 
 
 def test_unknown_recipe_lists_the_known_ones(tmp_path, monkeypatch, capsys):

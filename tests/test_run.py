@@ -1,6 +1,7 @@
 """Claims about run.py and resuming: checkpoints that can be trusted, mistakes that cost a line."""
 
 import hashlib
+import io
 import os
 import pickle
 import random
@@ -25,6 +26,7 @@ from run import (
     encode_pairs,
     load_run,
     pick_device,
+    read_checkpoint,
     read_records,
     rewrite_records,
     save_checkpoint,
@@ -102,18 +104,26 @@ def test_a_run_is_named_by_its_folder_or_by_a_checkpoint_in_it(ckpt):
         assert (load_run(named, CPU).path, load_run(named, CPU).name) == (path, "some")
 
 
-def test_a_save_that_dies_leaves_the_old_checkpoint(ckpt, bpe, monkeypatch):
-    before = bytes_of(ckpt)
+def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(path, {"format": "nanoJEPA 1", "weights": torch.ones(1000)})
+    before, save = path.read_bytes(), torch.save
 
     def dies(state, file):
-        file.write(b"half of it")
-        raise KeyboardInterrupt
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(ckpt, state_of(bpe))
-    assert bytes_of(ckpt) == before
-    assert load_run(ckpt, CPU).step == 3
+    with pytest.raises(OSError):
+        save_checkpoint(path, {"format": "nanoJEPA 1", "weights": torch.zeros(1000)})
+    monkeypatch.setattr(torch, "save", save)
+    assert path.read_bytes() == before
+    assert torch.equal(read_checkpoint(path)["weights"], torch.ones(1000))
+    # ... and what the dead one left behind does not hinder the next
+    save_checkpoint(path, {"format": "nanoJEPA 1", "weights": torch.zeros(1000)})
+    assert torch.equal(read_checkpoint(path)["weights"], torch.zeros(1000))
 
 
 def test_a_rewrite_that_dies_leaves_the_old_records(tmp_path, monkeypatch):

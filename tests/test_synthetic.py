@@ -127,11 +127,6 @@ def test_rows_come_from_every_template_of_their_split_and_no_other(split, monkey
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_same_seed_same_rows(split):
-    assert word_problems(split, 200, seed=3) == word_problems(split, 200, seed=3)
-
-
-@pytest.mark.parametrize("split", SPLITS)
 def test_another_seed_gives_other_rows(split):
     rows = {row["question"] for row in word_problems(split, 200, seed=3)}
     others = {row["question"] for row in word_problems(split, 200, seed=4)}
