@@ -184,7 +184,7 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
     against: Arms = {name: arms[name] for name in ("CE only", "JEPA")}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         against[f"nanoGPT, {name}"] = nanogpt_step(pairs, config, lambda: n_tokens, device, dtype)
-        if transformers:
+        if transformers and config.views == "pairs":
             against[f"official two rows, {name}"] = official_step(
                 pairs, variants["JEPA"], device, dtype
             )

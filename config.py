@@ -238,6 +238,8 @@ def check(config: Config) -> None:
     if config.data_dir and config.dataset != "gsm8k":
         fail(f"data_dir={config.data_dir} goes with dataset=gsm8k; a file of your own is named by "
              "dataset=folder/pairs.jsonl")
+    if config.train_rows and config.dataset == "relations":
+        fail(f"train_rows={config.train_rows} goes with pairs; relations has n_train_entities")
     if config.regex_split == "depth" and config.dataset != "regex":
         fail(f"regex_split=depth goes with dataset=regex, not {config.dataset}")
     if config.eval_answers and config.views in ("facts", "split"):

@@ -342,7 +342,11 @@ def split_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], dic
         rows = {split: some if isinstance(some, JsonLines) else [as_pair(row) for row in some]
                 for split, some in rows.items()}  # fmt: skip
     counts = {f"{split}_rows": len(some) for split, some in rows.items()}
-    return rows, {"dataset": name, "source": source, **counts, **digests}
+    provenance = {"dataset": name, "source": source, **counts, **digests}
+    systems = {row.get("system", "") for row in rows["train"][:1000]}
+    if len(systems) == 1 and any(systems) and config.system_prompt == "keep":
+        [provenance["system"]] = systems  # what a question asked later has to begin with
+    return rows, provenance
 
 
 def take(rows: Sequence, at: np.ndarray) -> Sequence:

@@ -225,12 +225,13 @@ def by_settings(measured: list[Measured]) -> Models:
 
 
 def common_name(names: list[str]) -> str:
-    """What the names begin with, without what is left of a seed: run_s1, run_s2 -> run."""
+    """What the names begin with, without what is left of a seed: run_s1, run_s2 -> run, and
+    seed=1, seed=2 -> all seeds."""
     if len(names) == 1:
         return names[0]
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names))
     start = "".join(letters[0] for letters in same)
-    return re.sub(r"[-_,.= ]*(seed|s)?[-_,.= ]*\d*$", "", start) or names[0]
+    return re.sub(r"[-_,.= ]*(seed|s)?[-_,.= ]*\d*$", "", start) or "all seeds"
 
 
 def over_seeds(models: Models) -> list[dict[str, Any]]:

@@ -67,9 +67,9 @@ class Args:
         for key in ("n", "max_new_tokens", "samples", "judge"):
             if getattr(self, key) < 0:
                 fail(f"{key}={getattr(self, key)} must not be below 0")
-        if self.temperature <= 0 or (self.judge and not self.samples):
-            fail(f"temperature={self.temperature} must be above 0; judge={self.judge} chooses "
-                 f"among several answers, samples={self.samples} gives none")
+        if not 0 < self.temperature < math.inf or (self.judge and not self.samples):
+            fail(f"temperature={self.temperature} must be above 0 and finite; judge={self.judge} "
+                 f"chooses among several answers, samples={self.samples} gives none")
 
 
 def main(argv: list[str]) -> None:
@@ -94,7 +94,9 @@ def main(argv: list[str]) -> None:
             for key in keys for low, high in [summary[f"{key}_95"]]))  # fmt: skip
     (first, ours), *others = results
     for summary, theirs in others:
-        if [r["target"] for r in theirs] != [r["target"] for r in ours]:
+        target_of = {record["row"]: record["target"] for record in ours}
+        same = all(summary[key] == first[key] for key in ("questions_sha256", "n"))
+        if not same or any(target_of.get(r["row"], r["target"]) != r["target"] for r in theirs):
             fail(f"{summary['run']} answered other questions than {first['run']}")
         right, wrong = mcnemar_counts(ours, theirs)
         print(f"{summary['run']} against {first['run']}: right where it was wrong {wrong}, wrong "
@@ -117,19 +119,20 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     data = data_of(run, args.data_dir)
     if args.file:
         rows = read_jsonl(Path(args.file), config.bad_lines)
-        pairs, n_rows, digest = tokenize(rows[:], run.tokenizer, config)[0], len(rows), rows.sha256
+        pairs, n, digest = tokenize(rows[:], run.tokenizer, config)[0], len(rows), rows.sha256
     elif args.split not in data.pairs:
         fail(f"{data.provenance['source']} has no {args.split} split; --split=val, or --file=...")
     else:
-        pairs, n_rows = data.pairs[args.split], data.provenance[f"{args.split}_rows"]
+        pairs, n = data.pairs[args.split], data.provenance[f"{args.split}_rows"]
         # Validation that came out of train is known by train's digest.
         digest = data.provenance.get(f"{args.split}_sha256", data.provenance["train_sha256"])
-    left_out = n_rows - len(pairs)  # longer than block_size: not answered, so wrong
+    n = min(args.n or n, n)
+    # What is longer than block_size is not answered, so wrong.
+    n_asked = int((pairs.origin < n).sum())
     kind = data.answers if args.score == "auto" else args.score
     limit = args.max_new_tokens or longest_answer(data.pairs["train"])
-    n = min(args.n or len(pairs), len(pairs))
-    if not n:
-        fail(f"none of the {n_rows} questions fits into block_size={config.block_size}")
+    if not n_asked:
+        fail(f"none of the {n} questions fits into block_size={config.block_size}")
 
     # One file per checkpoint and set of questions; its first line says of what it is.
     about = {
@@ -147,30 +150,32 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     out = run.path.parent / ("-".join(["accuracy", *names]) + ".json")
     records = resumable(path, out, about)
     if records:
-        print(f"{path} holds {len(records)} of {n} answers")
+        print(f"{path} holds {len(records)} of {n_asked} answers")
     else:
         path.write_text(json.dumps(about) + "\n")
     done = {record["row"] for record in records}
     # Questions of like length together: little padding, and their answers are of like length too.
-    todo = [int(row) for row in np.argsort(pairs.asked[:n], kind="stable") if row not in done]
+    order = np.argsort(pairs.asked[:n_asked], kind="stable")
+    todo = [int(row) for row in order if pairs.origin[row] not in done]
     started, n_before = time.time(), len(records)
     for begin in range(0, len(todo), args.batch_size):
         batch = todo[begin : begin + args.batch_size]
         new = answer(run.model, run.tokenizer, pairs, batch, limit, autocast, kind,
                      args.samples, args.temperature, args.judge)
+        for record in new:
+            record["row"] = int(pairs.origin[record["row"]])
         with open(path, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in new)
         records += new
-        eta = (time.time() - started) * (n - len(records)) / (len(records) - n_before)
-        print(f"{run.name}: {len(records)}/{n} | exact {share(records, 'exact'):.3f} | "
+        eta = (time.time() - started) * (n_asked - len(records)) / (len(records) - n_before)
+        print(f"{run.name}: {len(records)}/{n_asked} | exact {share(records, 'exact'):.3f} | "
               f"ETA {eta // 60:.0f}:{eta % 60:02.0f}", flush=True)
 
-    total = n + (left_out if n == len(pairs) else 0)
-    summary = {"n": total, "left_out": total - n}
+    summary = {"n": n, "left_out": n - n_asked}
     for key in SHARES:
         if key in records[0]:
             count = sum(record[key] for record in records)
-            summary |= {key: count / total, f"{key}_95": wilson(count, total)}
+            summary |= {key: count / n, f"{key}_95": wilson(count, n)}
     seconds = sum(record["seconds"] for record in records)
     summary["tokens_per_second"] = sum(record["tokens"] for record in records) / seconds
     out.write_text(json.dumps({**summary, "provenance": about}, indent=1) + "\n")
@@ -184,7 +189,7 @@ def resumable(path: Path, summary: Path, about: dict) -> list[dict]:
     answers to anything else are moved aside, and the summary of them."""
     records = list({record.get("row"): record for record in read_records(path)}.values())
     same = ("run", "step", "questions", "questions_sha256", "n", "max_new_tokens", "score",
-            "samples", "judge", "dtype", "trained", "torch")  # fmt: skip
+            "samples", "judge", "dtype", "trained", "commit", "torch")  # fmt: skip
     same += ("temperature",) if about["samples"] else ()
     if not records:
         return []
@@ -313,9 +318,9 @@ def wilson(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def mcnemar_counts(ours: list[dict], theirs: list[dict]) -> tuple[int, int]:
-    """Rows that only `ours` got right, and only `theirs`; both in the same order."""
-    both = [(a["exact"], b["exact"]) for a, b in zip(ours, theirs)]
-    return both.count((True, False)), both.count((False, True))
+    """Rows that only `ours` got right, and only `theirs`; one that is missing is wrong."""
+    a, b = ({record["row"] for record in records if record["exact"]} for records in (ours, theirs))
+    return len(a - b), len(b - a)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

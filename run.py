@@ -109,10 +109,15 @@ def versions() -> dict[str, str]:
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write all of it or nothing: a kill at any moment leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch puts an error of its own over "disk full"
+        temporary.unlink(missing_ok=True)
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} could not be saved: {str(first).splitlines()[0]}") from None
     os.replace(temporary, path)
 
 
@@ -158,7 +163,8 @@ def load_run(path: Path, device: torch.device) -> Run:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         fail(f"{path}: its weights do not fit its config ({str(error).splitlines()[0]})")
-    return Run(path.parent.name, path, config, model.to(device).eval(), tokenizer, state["step"],
+    name = path.parent.name if path.stem == "ckpt" else f"{path.parent.name}/{path.stem}"
+    return Run(name, path, config, model.to(device).eval(), tokenizer, state["step"],
                state["provenance"])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from config import fail, moved, parse_args
 from data import load_data
 from run import exit_quietly, load_run, pick_device, runs_newest_first
-from views import pred_tokens
+from views import pred_tokens, system_tokens
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ def main(argv: list[str]) -> None:
         text = "".join(words)
     if text:
         # Running text and facts go on without an end mark.
-        mark = [tokenizer.sep] if run.config.views in ("pairs", "steps") else []
-        prompt = tokenizer.encode([text])[0] + mark
+        prompt = tokenizer.encode([text])[0]
+        if run.config.views in ("pairs", "steps"):
+            system = system_tokens([trained_on], tokenizer, run.config)[0]
+            prompt = system + prompt + [tokenizer.sep]
         prompts = [prompt + pred_tokens(run.config, tokenizer.vocab_size)] * args.num_samples
         questions, answers = [args.prompt] * args.num_samples, [None] * args.num_samples
     else:

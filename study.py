@@ -12,7 +12,8 @@
     variants    every layout, loss and option, one seed
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
-same command again skips what is finished. Compared are greedy exact match on 512 validation
+same command again skips what is finished; with other options give another --out_dir, or they are
+trained again in its place. Compared are greedy exact match on 512 validation
 questions, at several points of training and so of compute, and the collapse panel. Writes
 results.json, study.png and a table as in LOG.md. --ask=val, test or a file of pairs has the
 trained models answer those too, of a file the first 2,000 whose answer is in neither train nor
@@ -21,6 +22,7 @@ validation; --samples and --judge choose among several answers, as in evaluate.p
 
 import json
 import math
+import shlex
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,7 +88,7 @@ STAGES = {
     }),
     "main": (range(5), MAIN),
     "two": (range(5), {arm: MAIN[arm] for arm in ("λ 0", "InfoNCE λ .05")}),
-    "families": (range(5), {  # each with what did best in the coarse pass
+    "families": (range(5), {  # with what did best of it in the coarse pass and did not collapse
         "λ 0": MAIN["λ 0"],
         "plan, λ 0": dict(layout="plan", jepa_weight=0.0),
         "plan, InfoNCE λ .05": dict(NCE, layout="plan"),
@@ -95,7 +97,6 @@ STAGES = {
         "InfoNCE λ .05, stop_grad": dict(NCE, stop_grad=True),
         "InfoNCE λ .1, LD .5": dict(NCE, jepa_weight=0.1, jepa_dropout=0.5),
         "cosine λ .5, sigreg .005": dict(jepa_weight=0.5, spread="sigreg", spread_weight=0.005),
-        "cosine λ .5, vicreg .5": dict(jepa_weight=0.5, spread="vicreg", spread_weight=0.5),
     }),
     "longer": (range(5, 10), {  # other seeds, as many operations in all arms on Turk
         "λ 0, dropout .1, 1,645 steps": dict(
@@ -145,6 +146,11 @@ def main(argv: list[str]) -> None:
     questions = Args(score="regex", split=given.pop("ask", ""), **choosing)
     if questions.samples and not questions.split:
         fail(f"samples={questions.samples} answers to what? --ask=val, test or a file of pairs")
+    file = given.get("dataset", "")
+    if questions.split == "test" and file.endswith(".jsonl"):
+        fail(f"ask=test: {file} has no test split; --ask=questions.jsonl asks a file")
+    if questions.split not in ("", "val", "test"):  # now, and not after hours of training
+        read_jsonl(Path(questions.split), given.get("bad_lines", "error"))
     seeds, arms = STAGES[stage]
     for key in given:
         if key in ("seed", "init_from") or any(key in options for options in arms.values()):
@@ -174,7 +180,7 @@ def main(argv: list[str]) -> None:
     # The runs' commits, not that of this table.
     commits = sorted({figures["commit"] for figures in finished.values()})
     provenance = {**about["provenance"], "commit": " AND ".join(commits), "recipe": RECIPE,
-                  "command": " ".join(argv), "base": {**BASE, **given},
+                  "command": shlex.join(argv), "base": {**BASE, **given},
                   "seeds": [*seeds]}  # fmt: skip
     (folder / "results.json").write_text(
         json.dumps({"provenance": provenance, "arms": results, "options": arms}, indent=1) + "\n")

@@ -227,10 +227,16 @@ def final(cell: Cell) -> dict[str, Any] | None:
             data, record["tflop"] = about["data"], record["flops"] / 1e12
             return {
                 **{key: record[key] for key in FIGURES if key in record},
-                "commit": about["commit"], "data": data["dataset"],
+                "commit": commits_of(about), "data": data["dataset"],
                 "data_sha256": data["train_sha256"],
             }
     return None
+
+
+def commits_of(about: dict[str, Any]) -> str:
+    """Of a run's provenance; a run that was resumed by other code has several."""
+    sittings = [*about.get("earlier", []), about]
+    return " AND ".join(dict.fromkeys(sitting["commit"] for sitting in sittings))
 
 
 def summary(r: dict[str, Any]) -> str:
@@ -277,7 +283,8 @@ def table(axes: list[str], trained: list[dict]) -> list[str]:
     figures = figures_of(trained)
     rows = [[*keys, "n", *(f.removeprefix("val_").replace("_at_", "@") for f in figures)]]
     for values, group in grouped(trained, keys).items():
-        cells = (number(*mean_sd([r[f] for r in group]), digits) for f, digits in figures.items())
+        cells = (number(*mean_sd([r[f] for r in group]), digits) if f in group[0] else ""
+                 for f, digits in figures.items())  # fmt: skip
         rows.append([*map(short, values), str(len(group)), *cells])
     widths = [max(map(len, column)) for column in zip(*rows)]
     title = "mean ± sample sd over n seeds" if "seed" in axes else "one seed, so no sd"

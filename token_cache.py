@@ -60,17 +60,21 @@ def write(
     """Each split comes in chunks, so that memory need not hold it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
-    for split, chunks in splits.items():
-        n_tokens = 0
-        for chunk in chunks:
-            chunk = chunk._replace(starts=chunk.starts + n_tokens)
-            n_tokens += len(chunk.tokens)
-            for name, column in zip(Columns._fields, chunk):
-                with open(unfinished / f"{split}.{name}", "ab") as file:
-                    column.tofile(file)
-    if tokenizer.name != "gpt2":
-        (unfinished / "tokenizer").write_text(tokenizer.dump())
-    (unfinished / "about.json").write_text(json.dumps([provenance, list(splits)]))
+    try:
+        for split, chunks in splits.items():
+            n_tokens = 0
+            for chunk in chunks:
+                chunk = chunk._replace(starts=chunk.starts + n_tokens)
+                n_tokens += len(chunk.tokens)
+                for name, column in zip(Columns._fields, chunk):
+                    with open(unfinished / f"{split}.{name}", "ab") as file:
+                        column.tofile(file)
+        if tokenizer.name != "gpt2":
+            (unfinished / "tokenizer").write_text(tokenizer.dump())
+        (unfinished / "about.json").write_text(json.dumps([provenance, list(splits)]))
+    except OSError as error:
+        shutil.rmtree(unfinished)
+        raise OSError(f"the tokens could not be written to {folder.parent}: {error}") from None
     try:
         os.rename(unfinished, folder)
     except OSError:  # another process wrote the same meanwhile

@@ -8,6 +8,7 @@ A flat script: read main() from top to bottom. The loss: `objective`, below.
 import copy
 import json
 import math
+import shlex
 import signal
 import time
 from dataclasses import asdict, replace
@@ -182,7 +183,7 @@ def main(argv: list[str]) -> None:
     train, tokenizer = data.pairs["train"], data.tokenizer
     if resume:
         was, now = saved["provenance"]["data"], data.provenance
-        changed = [key for key in now if key != "source" and was.get(key) != now[key]]
+        changed = [key for key in now if key != "source" and was.get(key, now[key]) != now[key]]
         if changed:
             fail(f"{out_dir}/ckpt.pt was trained on other data: {', '.join(changed)} changed")
 
@@ -214,12 +215,18 @@ def main(argv: list[str]) -> None:
             torch.manual_seed(config.seed + rank + step * world)
 
     # --- the run's folder
-    provenance = {"data": data.provenance, **versions(), "command": " ".join(argv)}
+    provenance = {"data": data.provenance, **versions(), "command": shlex.join(argv)}
+    if resume:  # whose code took the steps before
+        was = saved["provenance"]
+        sitting = {key: was[key] for key in was if key not in ("data", "earlier")}
+        provenance["earlier"] = [*was.get("earlier", []), {"until_step": step, **sitting}]
     metrics_path = out_dir / "metrics.jsonl"
     about = {"config": asdict(config), "provenance": provenance, "parameters": n_parameters}
     if rank == 0:  # the only one that writes
         out_dir.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_records(metrics_path) if r["step"] < step] if resume else []
+        again = step % config.eval_interval == 0 or step >= config.max_iters  # evaluated here
+        kept = [r for r in read_records(metrics_path)
+                if r["step"] < step + ("val_ce" in r and not again)] if resume else []  # fmt: skip
         (out_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         rewrite_records(metrics_path, kept)
 

@@ -83,7 +83,8 @@ class Pairs:
 
     tokens (N,) int32 and is_label (N,) bool: is it to be predicted? starts (n, 3) int64 and lengths
     (n, 3) int32, a column for TEXT, CODE and TARGET each. A TARGET of length 0: no JEPA term.
-    asked (n,): how many of the text's tokens are the question that generation starts from.
+    asked (n,): how many of the text's tokens are the question that generation starts from. origin
+    (n,): the row of the split that each example is; some are left out, see fitting.
     """
 
     tokens: np.ndarray
@@ -93,6 +94,7 @@ class Pairs:
     asked: np.ndarray
     config: Config
     vocab_size: int
+    origin: np.ndarray | None = None  # None: row i
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -263,7 +265,8 @@ def fitting(columns: Columns, tokenizer: Tokenizer, config: Config) -> tuple[Pai
     They are left out whole: a view that lost its end would lose where its embedding is read."""
     fits = longest_path(columns.lengths, config) <= config.block_size
     by_example = columns[2:] if fits.all() else [column[fits] for column in columns[2:]]
-    return Pairs(*columns[:2], *by_example, config, tokenizer.vocab_size), int((~fits).sum())
+    pairs = Pairs(*columns[:2], *by_example, config, tokenizer.vocab_size, np.flatnonzero(fits))
+    return pairs, int((~fits).sum())
 
 
 def longest_path(lengths: np.ndarray, config: Config) -> np.ndarray:

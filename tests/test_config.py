@@ -235,6 +235,7 @@ def test_a_number_must_be_finite(text, capsys):
     (["--views=steps", "--direction=reverse"], "direction=reverse goes with views=pairs"),
     (["--views=steps", "--answer_view=final"], "answer_view=full"),
     (["nlrx_jepa", "--data_dir=mine"], "data_dir=mine goes with dataset=gsm8k"),
+    (["relations", "--train_rows=300"], "train_rows=300 goes with pairs"),
 ])  # fmt: skip
 def test_values_that_cannot_work_are_refused(args, named, capsys):
     assert named in error_line(capsys, args)

@@ -155,7 +155,8 @@ def test_runs_are_put_together_that_differ_in_their_seed_alone():
     (["debug"], "debug"), (["run_s1"], "run_s1"), (["run_s1", "run_s2"], "run"),
     (["debug", "debug_s1"], "debug"), (["gsm8k-seed10", "gsm8k-seed11"], "gsm8k"),
     (["jepa_weight=0.5,seed=0", "jepa_weight=0.5,seed=1"], "jepa_weight=0.5"),
-    (["0", "1"], "0"),
+    (["0", "1"], "all seeds"),
+    (["seed=1", "seed=2", "seed=10"], "all seeds"),
 ])  # fmt: skip
 def test_a_model_of_several_seeds_is_named_by_what_its_runs_share(names, expected):
     assert common_name(names) == expected

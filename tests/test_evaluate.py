@@ -260,6 +260,45 @@ def test_a_file_of_pairs(trained, capsys):
     assert (results["n"], results["left_out"]) == (6, 1)  # what was not answered is wrong
 
 
+def test_a_question_too_long_keeps_its_place_and_is_wrong(trained, tiny_run, capsys):
+    """In the numbers of rows, in the first n, and beside a run whose context is long enough."""
+    rows = [{"question": "Too long? " * 40, "answer": "#### 1"}, *sums(5, 900)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--file=mine.jsonl", "--n=3")
+    records = run_records(trained / "generations-mine-first-3.jsonl")
+    assert {r["row"]: r["prompt"] for r in records} == {i: rows[i]["question"] for i in (1, 2)}
+    results = json.loads((trained / "accuracy-mine-first-3.json").read_text())
+    assert (results["n"], results["left_out"]) == (3, 1)
+    tiny_run(out_dir="out/long", block_size=512)
+    capsys.readouterr()
+    run("out/tiny", "out/long", "--file=mine.jsonl", "--max_new_tokens=4")
+    assert "long against tiny" in capsys.readouterr().out
+    assert len(run_records(Path("out/long/generations-mine.jsonl"))) == 6
+
+
+def run_records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+def test_a_missing_answer_is_a_wrong_one():
+    ours = [{"row": i, "exact": i < 3} for i in range(5)]
+    theirs = [{"row": i, "exact": True} for i in (4, 1)]
+    assert evaluate.mcnemar_counts(ours, theirs) == (2, 1)
+
+
+def test_answers_of_other_code_are_given_anew(trained, monkeypatch, capsys):
+    """Its rule for what is right may be another one, too."""
+    run()
+    versions = evaluate.versions()
+    monkeypatch.setattr(evaluate, "versions", lambda: {**versions, "commit": "of today"})
+    run()
+    assert "moved the answers of another evaluation" in capsys.readouterr().out
+    results = json.loads((trained / "accuracy-val.json").read_text())
+    assert results["provenance"]["commit"] == "of today"
+    assert json.loads((trained / "earlier/accuracy-val-1.json").read_text())["provenance"][
+        "commit"] == versions["commit"]  # fmt: skip
+
+
 def test_validation_that_came_out_of_train_is_answered_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "plot_losses", lambda *paths: None)

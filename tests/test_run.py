@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import random
@@ -100,8 +101,8 @@ def test_a_loaded_run_computes_the_same_hidden_states(name, tmp_path, bpe):
 
 def test_a_run_is_named_by_its_folder_or_by_a_checkpoint_in_it(ckpt):
     best = shutil.copy(ckpt, ckpt.with_name("best.pt"))
-    for named, path in ((ckpt.parent, ckpt), (best, best)):
-        assert (load_run(named, CPU).path, load_run(named, CPU).name) == (path, "some")
+    for named, path, name in ((ckpt.parent, ckpt, "some"), (best, best, "some/best")):
+        assert (load_run(named, CPU).path, load_run(named, CPU).name) == (path, name)
 
 
 def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -124,6 +125,24 @@ def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(tmp_path, monkeypat
     # ... and what the dead one left behind does not hinder the next
     save_checkpoint(path, {"format": "nanoJEPA 1", "weights": torch.zeros(1000)})
     assert torch.equal(read_checkpoint(path)["weights"], torch.zeros(1000))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    def dies(state, file):
+        try:
+            raise OSError("No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")  # as torch does
+
+    monkeypatch.setattr(torch, "save", dies)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def save(argv):
+        save_checkpoint(tmp_path / "ckpt.pt", {})
+
+    line = error_line(capsys, run.exit_quietly, save)
+    assert "ckpt.pt could not be saved: No space left on device" in line
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_rewrite_that_dies_leaves_the_old_records(tmp_path, monkeypatch):
@@ -339,6 +358,27 @@ def test_resuming_for_longer_goes_on(out):
     steps = [r["step"] for r in run.read_records(out / "default" / "metrics.jsonl") if "ce" in r]
     assert steps == [0, 1, 2]
     assert load_run(out / "default", CPU).step == 3
+
+
+def test_a_resumed_run_names_the_code_of_every_sitting(out, monkeypatch):
+    first = json.loads((out / "default/config.json").read_text())["provenance"]
+    for steps in (3, 4):
+        versions = {**run.versions(), "commit": f"before {steps}"}
+        monkeypatch.setattr(train, "versions", lambda versions=versions: versions)
+        train.main([*RESUME, f"--max_iters={steps}"])
+    now = json.loads((out / "default/config.json").read_text())["provenance"]
+    assert now == load_run(out / "default", CPU).provenance and now["commit"] == "before 4"
+    assert [(was["until_step"], was["commit"]) for was in now["earlier"]] == [
+        (2, first["commit"]), (3, "before 3")]  # fmt: skip
+    assert now["earlier"][0]["command"] == first["command"]
+
+
+def test_going_on_keeps_the_evaluation_that_is_not_repeated(out):
+    """The run's last, at a step that is no multiple of eval_interval; one that is comes anew."""
+    for interval, seen in ((3, [2, 3]), (1, [2, 3, 4])):
+        train.main([*RESUME, f"--max_iters={seen[-1]}", f"--eval_interval={interval}"])
+        records = run.read_records(out / "default" / "metrics.jsonl")
+        assert [r["step"] for r in records if "val_ce" in r][-len(seen):] == seen
 
 
 def test_resuming_for_fewer_steps_takes_none(out, monkeypatch):

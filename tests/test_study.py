@@ -96,5 +96,8 @@ def test_mistakes_are_one_line(capsys):
     for own in ("seed=7", "init_from=resume", "jepa_weight=.1"):
         assert "coarse sets" in error_line(capsys, study.main, ["coarse", f"--{own}"])
     assert "eval_answers=0" in error_line(capsys, study.main, ["coarse", "--eval_answers=0"])
+    for wrong in ("ask=nowhere.jsonl", "ask=train", "ask=test"):  # before anything is trained
+        args = ["coarse", f"--{wrong}", "--dataset=pairs.jsonl"]
+        assert wrong[4:8] in error_line(capsys, study.main, args)
     assert "--ask=val" in error_line(capsys, study.main, ["coarse", "--samples=2"])
     assert "samples=0" in error_line(capsys, study.main, ["coarse", "--ask=val", "--judge=2"])

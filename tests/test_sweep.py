@@ -351,6 +351,24 @@ def test_exact_match_is_a_figure_where_it_was_asked_for(trainings, capsys):
     assert [r["val_exact"] for r in rows()] == ["0.25", "0.5"]
 
 
+def test_a_figure_that_some_cells_lack_is_blank_for_them(trainings, capsys):
+    trainings.fate = lambda config: {"val_exact": 0.25} if config.eval_answers else {}
+    sweep.main(["debug", "--eval_answers=0,8"])
+    without, asked = capsys.readouterr().out.split("no sd\n")[1].splitlines()[1:3]
+    assert len(asked.split()) == len(without.split()) + 1 and "0.250" in asked
+    assert [r["val_exact"] for r in rows()] == ["", "0.25"]
+
+
+def test_a_resumed_cell_names_all_its_commits(trainings):
+    sweep.main(["debug", "--seed=1,2"])
+    about = json.loads(next(AT.glob("seed=1/config.json")).read_text())
+    about["provenance"]["earlier"] = [{"commit": "0ld"}, {"commit": "abc1234"}]
+    path = AT / "seed=1/config.json"
+    path.write_text(json.dumps(about))
+    sweep.main(["debug", "--seed=1,2"])
+    assert [r["commit"] for r in rows()] == ["0ld AND abc1234", "abc1234"]
+
+
 def test_data_sets_can_be_an_axis(trainings, capsys):
     trainings.fate = lambda config: {"val_ce": 1.0 + (config.dataset == "regex")}
     sweep.main(["debug", "--dataset=word_problems,regex", "--max_iters=9"])

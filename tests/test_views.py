@@ -757,6 +757,23 @@ def test_sampling_from_a_plan_gives_the_model_its_pred_tokens(tiny_run, given, c
     assert "What is 3 plus 2?" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("system_prompt", ["keep", "drop"])
+def test_a_prompt_stands_where_questions_stood_in_training(
+    system_prompt, given, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
+    write(Path("mine.jsonl"), [
+        chat(("system", "Add."), ("user", row["question"]), ("assistant", row["answer"]))
+        for row in sums(40)])  # fmt: skip
+    train.main([*TINY, "--dataset=mine.jsonl", "--eval_pairs=4", f"--system_prompt={system_prompt}",
+                "--max_iters=1"])  # fmt: skip
+    sample.main([*SAMPLE, "--num_samples=1", "--prompt=What is 3 plus 2?"])
+    tokenizer = load_run(Path("out/tiny"), CPU).tokenizer
+    before = tokenizer.encode(["Add.\n"])[0] if system_prompt == "keep" else []
+    assert given == [[*before, *tokenizer.encode(["What is 3 plus 2?"])[0], tokenizer.sep]]
+
+
 def test_samples_of_steps_and_of_running_text(tiny_run, given, capsys):
     """Of steps, the right answer is all that follows the question; running text has no end mark."""
     tiny_run(views="steps", max_iters=1)
