@@ -219,6 +219,8 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
             print(f"{ours_is} has {shown(ratio)} times the tokens/s of {name}")
     if not transformers:
         print(NO_TRANSFORMERS)
+    elif config.views != "pairs":
+        print(f"the official recipe trains on pairs, not {config.views}: left out")
     return results
 
 

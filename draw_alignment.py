@@ -42,7 +42,7 @@ def draw_pairs(models: Models, table: list[list[str]], about: dict[str, Any]):
         weight, step = group[0].numbers["jepa_weight"], group[0].numbers["step"]
         seeds = f", {len(group)} seeds" if len(group) > 1 else ""
         kind = "" if weight is None else f"\nλ = {weight:g}, step {step}{seeds}"
-        axis.set_title(f"{name}{kind}", fontsize=11)
+        axis.set_title(f"{name}{kind}", fontsize=11, parse_math=False)
         axis.set(xlabel="cosine", yticks=[])
         axis.spines[["top", "right", "left"]].set_visible(False)
     top.axes[0].legend(frameon=False, fontsize=9, loc="upper left")
@@ -121,7 +121,7 @@ def draw_panel(models: Models, table: list[list[str]], about: dict[str, Any]):
             for points, (label, color) in zip((text, code, pred), VIEWS):
                 axis.scatter(*points.T, s=8, color=color, alpha=0.6, lw=0, label=label)
             seed = f", seed {group[0].numbers['seed']}" if len(group) > 1 else ""
-            axis.set_title(f"{name}{seed}: {kind}", fontsize=10)
+            axis.set_title(f"{name}{seed}: {kind}", fontsize=10, parse_math=False)
             axis.set(xticks=[], yticks=[])
             if kind == "PCA":  # one scale for all: a model that has collapsed is a dot
                 reach = 1.05 * max(np.abs(p).max() for p in planes)
@@ -152,13 +152,14 @@ def start_figure(title: str, models: Models, about: dict[str, Any], heights: lis
     figure, data = Figure(figsize=size, layout="constrained"), about["data"]
     chosen = f"pairs_seed {about['pairs_seed']}, " if about["pairs_seed"] else ""
     figure.suptitle(f"{title}: {about['n_pairs']} held-out pairs of {data['dataset']} "
-                    f"({about['split']})", fontsize=15, fontweight="bold")  # fmt: skip
+                    f"({about['split']})", fontsize=15, fontweight="bold",
+                    parse_math=False)  # fmt: skip
     figure.text(
         0.01, 0.003,
         f"{chosen}{data['source']}, train sha256 {data['train_sha256'][:12]}, tokenizer "
         f"{data['tokenizer']}, commit {about['commit']}, torch {about['torch']}, {about['time']}; "
         f"chance retrieval@1 {1 / about['n_pairs']:.3f}",
-        fontsize=7, color="grey",
+        fontsize=7, color="grey", parse_math=False,
     )  # fmt: skip
     return figure, figure.subfigures(len(heights), 1, height_ratios=heights)
 

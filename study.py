@@ -304,10 +304,11 @@ def draw(results: dict[str, dict], about: dict):
     curves.legend(frameon=False, fontsize=7)
     gap.set(xlabel="cosine, matched − mismatched", ylabel="retrieval@1")
     data = about["data"]
-    figure.suptitle(f"{data['dataset']}, {data['train_rows']} rows")
+    figure.suptitle(f"{data['dataset']}, {data['train_rows']} rows", parse_math=False)
     figure.supxlabel(
         f"seeds {about['seeds']}, mean ± sd; train sha256 {data['train_sha256'][:12]}, commit "
         f"{about['commit']}, torch {about['torch']}, {about['time']}", fontsize=7, color="grey",
+        parse_math=False,
     )  # fmt: skip
     return figure
 

@@ -335,7 +335,7 @@ def draw(axes: dict[str, list], trained: list[dict], about: str):
     n = sorted({len(group) for group in groups.values()})
     seeds = "one seed" if n == [1] else f"mean ± sample sd over {'-'.join(map(str, n))} seeds"
     figure.suptitle(seeds + ("; brighter is better" if keys[1:] else ""), fontsize=11)
-    figure.supxlabel(about, fontsize=7, color="grey", x=0.01, ha="left")
+    figure.supxlabel(about, fontsize=7, color="grey", parse_math=False, x=0.01, ha="left")
     return figure
 
 

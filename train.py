@@ -411,10 +411,11 @@ def plot_losses(metrics_path: Path, path: Path) -> None:
                 axis.plot(*zip(*points), label=name, **style)
         axis.set(title=label, xlabel="step")
         axis.legend(frameon=False)
-    figure.suptitle(metrics_path.parent.name)
+    figure.suptitle(metrics_path.parent.name, parse_math=False)  # a $ in it is no formula
     made = json.loads((metrics_path.parent / "config.json").read_text())["provenance"]
     data = f"{made['data']['dataset']}, train sha256 {made['data']['train_sha256'][:12]}"
-    figure.supxlabel(f"{data}, commit {made['commit']}", fontsize=7, color="grey")
+    figure.supxlabel(f"{data}, commit {made['commit']}", fontsize=7, color="grey",
+                     parse_math=False)  # fmt: skip
     figure.savefig(path, dpi=120)
 
 

@@ -404,8 +404,8 @@ def test_metrics_have_the_promised_fields(tiny_run, jepa_weight):
 
 def test_a_run_writes_a_plot_a_config_and_a_checkpoint_with_provenance(tiny_run, monkeypatch):
     monkeypatch.setattr(train, "plot_losses", REAL_PLOT)
-    tiny_run(seed=5, max_iters=2)
-    folder = Path("out/tiny")
+    folder = Path("out/no $ {formula")
+    tiny_run(seed=5, max_iters=2, out_dir=folder)
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     about = json.loads((folder / "config.json").read_text())
     state = torch.load(folder / "ckpt.pt", weights_only=True)
