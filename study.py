@@ -178,7 +178,8 @@ def main(argv: list[str]) -> None:
     print("\n".join(table(results, first)))
     about = json.loads((cells[next(iter(results)), seeds[0]].folder / "config.json").read_text())
     # The runs' commits, not that of this table.
-    commits = sorted({figures["commit"] for figures in finished.values()})
+    commits = sorted({commit for figures in finished.values()
+                      for commit in figures["commit"].split(" AND ")})  # fmt: skip
     provenance = {**about["provenance"], "commit": " AND ".join(commits), "recipe": RECIPE,
                   "command": shlex.join(argv), "base": {**BASE, **given},
                   "seeds": [*seeds]}  # fmt: skip

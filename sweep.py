@@ -296,7 +296,8 @@ def provenance(recipe: Path, given: dict[str, list], results: list[dict]) -> str
     trained = [r for r in results if "val_ce" in r]
 
     def all_of(key: str, length: int = 99) -> str:
-        return " AND ".join(sorted({r[key][:length] for r in trained}))
+        values = {value[:length] for r in trained for value in r[key].split(" AND ")}
+        return " AND ".join(sorted(values))
 
     fixed = {k: v[0] for k, v in given.items() if len(v) == 1 and k != "out_dir"}
     overrides = "".join(f" --{key}={value}" for key, value in fixed.items())

@@ -359,7 +359,7 @@ def test_a_figure_that_some_cells_lack_is_blank_for_them(trainings, capsys):
     assert [r["val_exact"] for r in rows()] == ["", "0.25"]
 
 
-def test_a_resumed_cell_names_all_its_commits(trainings):
+def test_a_resumed_cell_names_all_its_commits(trainings, capsys):
     sweep.main(["debug", "--seed=1,2"])
     about = json.loads(next(AT.glob("seed=1/config.json")).read_text())
     about["provenance"]["earlier"] = [{"commit": "0ld"}, {"commit": "abc1234"}]
@@ -367,6 +367,7 @@ def test_a_resumed_cell_names_all_its_commits(trainings):
     path.write_text(json.dumps(about))
     sweep.main(["debug", "--seed=1,2"])
     assert [r["commit"] for r in rows()] == ["0ld AND abc1234", "abc1234"]
+    assert "2 seeds; commit 0ld AND abc1234\n" in capsys.readouterr().out
 
 
 def test_data_sets_can_be_an_axis(trainings, capsys):
