@@ -119,7 +119,7 @@ STAGES = {
             eval_interval=376),
     }),
 }  # fmt: skip
-USAGE = "python study.py STAGE [--key=value ...]"
+USAGE = f"python study.py STAGE [--key=value ...]\n\n{__doc__}"
 ROLES = {"system": "system", "user": "text", "assistant": "code"}
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
 PANEL = ("val_matched", "val_mismatched", "val_retrieval_at_1", "val_effective_rank")
