@@ -162,8 +162,6 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
         batch = todo[begin : begin + args.batch_size]
         new = answer(run.model, run.tokenizer, pairs, batch, limit, autocast, kind,
                      args.samples, args.temperature, args.judge)
-        for record in new:
-            record["row"] = int(pairs.origin[record["row"]])
         with open(path, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in new)
         records += new
@@ -230,8 +228,9 @@ def answer(
         stopped = ids[-1:] == [tokenizer.eot]
         output, target = tokenizer.decode(ids), tokenizer.decode(pairs.answer(row))
         records.append({
-            "row": row, "prompt": tokenizer.decode(pairs.question(row)), "output": output,
-            "target": target, "stop": "end of text" if stopped else "length", "stopped": stopped,
+            "row": int(pairs.origin[row]), "prompt": tokenizer.decode(pairs.question(row)),
+            "output": output, "target": target,
+            "stop": "end of text" if stopped else "length", "stopped": stopped,
             **score(output, target, kind), "tokens": len(ids), "seconds": seconds,
         })  # fmt: skip
     return records

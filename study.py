@@ -13,11 +13,11 @@
 
 An arm is a few config fields over one recipe, nlrx_jepa; its runs lie in out/study-<stage>/. The
 same command again skips what is finished; with other options give another --out_dir, or they are
-trained again in its place. Compared are greedy exact match on 512 validation
-questions, at several points of training and so of compute, and the collapse panel. Writes
-results.json, study.png and a table as in LOG.md. --ask=val, test or a file of pairs has the
-trained models answer those too, of a file the first 2,000 whose answer is in neither train nor
-validation; --samples and --judge choose among several answers, as in evaluate.py.
+trained again in its place. Compared are greedy exact match on 512 validation questions, at several
+points of training and so of compute, and the collapse panel. Writes results.json, study.png and a
+table as in LOG.md. --ask=val, test or a file of pairs has the trained models answer those too, of
+a file the first 2,000 whose answer is in neither train nor validation; --samples and --judge choose
+among several answers, as in evaluate.py.
 """
 
 import json
@@ -33,7 +33,7 @@ from config import Config, check, fail, find_recipe, parse_args, read_recipe
 from data import load_data, read_jsonl
 from evaluate import SHARES, Args, evaluate
 from run import exit_quietly, load_run, pick_device, read_records
-from sweep import Cell, final, mean_sd, number, train_cells
+from sweep import Cell, all_of, final, mean_sd, number, train_cells
 from views import CODE
 
 RECIPE = "nlrx_jepa"
@@ -178,9 +178,8 @@ def main(argv: list[str]) -> None:
     print("\n".join(table(results, first)))
     about = json.loads((cells[next(iter(results)), seeds[0]].folder / "config.json").read_text())
     # The runs' commits, not that of this table.
-    commits = sorted({commit for figures in finished.values()
-                      for commit in figures["commit"].split(" AND ")})  # fmt: skip
-    provenance = {**about["provenance"], "commit": " AND ".join(commits), "recipe": RECIPE,
+    commits = all_of(finished.values(), "commit")
+    provenance = {**about["provenance"], "commit": commits, "recipe": RECIPE,
                   "command": shlex.join(argv), "base": {**BASE, **given},
                   "seeds": [*seeds]}  # fmt: skip
     (folder / "results.json").write_text(

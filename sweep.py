@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,11 @@ def commits_of(about: dict[str, Any]) -> str:
     return " AND ".join(dict.fromkeys(sitting["commit"] for sitting in sittings))
 
 
+def all_of(results: Iterable[dict[str, Any]], key: str, length: int = 99) -> str:
+    """What finished cells have as their data, digests or commits, each once."""
+    return " AND ".join(sorted({v[:length] for r in results for v in r[key].split(" AND ")}))
+
+
 def summary(r: dict[str, Any]) -> str:
     return (f"val ce {r['val_ce']:.4f} | cosine matched {r['val_matched']:.3f} mismatched "
             f"{r['val_mismatched']:.3f} | retrieval@1 {r['val_retrieval_at_1']:.3f} | "
@@ -295,17 +301,14 @@ def provenance(recipe: Path, given: dict[str, list], results: list[dict]) -> str
     """Two lines: what was trained, on which data, by which code."""
     trained = [r for r in results if "val_ce" in r]
 
-    def all_of(key: str, length: int = 99) -> str:
-        values = {value[:length] for r in trained for value in r[key].split(" AND ")}
-        return " AND ".join(sorted(values))
-
     fixed = {k: v[0] for k, v in given.items() if len(v) == 1 and k != "out_dir"}
     overrides = "".join(f" --{key}={value}" for key, value in fixed.items())
     seeds = len(given.get("seed", [1]))
     missing = f", {len(results) - len(trained)} FAILED" if len(trained) < len(results) else ""
     return (f"recipe {recipe.stem}{overrides}; {len(results)} cells{missing}, {seeds} "
-            f"seed{'s' * (seeds > 1)}; commit {all_of('commit')}\ndata {all_of('data')}, "
-            f"train sha256 {all_of('data_sha256', 12)}")  # fmt: skip
+            f"seed{'s' * (seeds > 1)}; commit {all_of(trained, 'commit')}\n"
+            f"data {all_of(trained, 'data')}, "
+            f"train sha256 {all_of(trained, 'data_sha256', 12)}")  # fmt: skip
 
 
 def draw(axes: dict[str, list], trained: list[dict], about: str):

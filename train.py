@@ -51,6 +51,11 @@ def learning_rate(step: int, config: Config) -> float:
     return config.min_lr + half_cosine * (config.learning_rate - config.min_lr)
 
 
+def evaluates(step: int, config: Config) -> bool:
+    """Is there an evaluation after `step` steps?"""
+    return step >= config.max_iters or (step > 0 and step % config.eval_interval == 0)
+
+
 def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
     """AdamW over every parameter once; weight decay on matrices only."""
     parameters = list(model.parameters())  # the tied output layer comes once
@@ -183,7 +188,9 @@ def main(argv: list[str]) -> None:
     train, tokenizer = data.pairs["train"], data.tokenizer
     if resume:
         was, now = saved["provenance"]["data"], data.provenance
-        changed = [key for key in now if key != "source" and was.get(key, now[key]) != now[key]]
+        # Where it lies may differ; the system prompt is part of the rows, and so of their digest.
+        same = now.keys() - {"source", "system"}
+        changed = [key for key in now if key in same and was.get(key) != now[key]]
         if changed:
             fail(f"{out_dir}/ckpt.pt was trained on other data: {', '.join(changed)} changed")
 
@@ -224,9 +231,11 @@ def main(argv: list[str]) -> None:
     about = {"config": asdict(config), "provenance": provenance, "parameters": n_parameters}
     if rank == 0:  # the only one that writes
         out_dir.mkdir(parents=True, exist_ok=True)
-        again = step % config.eval_interval == 0 or step >= config.max_iters  # evaluated here
-        kept = [r for r in read_records(metrics_path)
-                if r["step"] < step + ("val_ce" in r and not again)] if resume else []  # fmt: skip
+        kept = []
+        if resume:  # the evaluation at this very step too, unless it comes again
+            again = evaluates(step, config)
+            kept = [r for r in read_records(metrics_path)
+                    if r["step"] < step + ("val_ce" in r and not again)]  # fmt: skip
         (out_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         rewrite_records(metrics_path, kept)
 
@@ -262,12 +271,10 @@ def main(argv: list[str]) -> None:
     model.train()
     print(f"ready after {time.time() - started:.1f} s")
     while True:
-        last = step >= config.max_iters
         stopping = agree(stop_signal, world, device)
 
         # once in a while: evaluate on the same held-out pairs, and save
-        at_interval = step > 0 and step % config.eval_interval == 0
-        if rank == 0 and (at_interval or last):  # other processes wait for its next step
+        if rank == 0 and evaluates(step, config):  # other processes wait for its next step
             val_ce, pred, target = encode_pairs(
                 model, data.pairs["val"], config.eval_pairs, device, autocast
             )
@@ -299,7 +306,7 @@ def main(argv: list[str]) -> None:
             print(f"saved {out_dir}/ckpt.pt at step {step}; --init_from=resume goes on from there")
             leave_processes(world)
             raise SystemExit(128 + stopping)
-        if last:
+        if step >= config.max_iters:
             break
 
         # one step: n_micro micro-batches, then the update

@@ -83,8 +83,8 @@ class Pairs:
 
     tokens (N,) int32 and is_label (N,) bool: is it to be predicted? starts (n, 3) int64 and lengths
     (n, 3) int32, a column for TEXT, CODE and TARGET each. A TARGET of length 0: no JEPA term.
-    asked (n,): how many of the text's tokens are the question that generation starts from. origin
-    (n,): the row of the split that each example is; some are left out, see fitting.
+    asked (n,): how many of the text's tokens are the question that generation starts from.
+    origin (n,): the row of its split that each example is, where they come from rows (fitting).
     """
 
     tokens: np.ndarray
@@ -94,7 +94,7 @@ class Pairs:
     asked: np.ndarray
     config: Config
     vocab_size: int
-    origin: np.ndarray | None = None  # None: row i
+    origin: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -122,8 +122,8 @@ class Pairs:
     def batch(self, step: int) -> np.ndarray:
         """(B,) the examples of micro-batch `step`, a pure function of (seed, step).
 
-        Every epoch is a new order without repeats; what is left over at its end is left
-        out. To need little padding, a batch holds examples of like length: of the whole row
+        Every epoch is a new order without repeats; what does not fill a batch is left out.
+        To need little padding, a batch holds examples of like length: of the whole row
         first, then, among eight batches of those, of the code, which JEPA adds once more (GSM8K:
         2 % of positions with and without JEPA; by the whole row alone 10 % without). A random 3 %
         of the lengths keeps the batches from being the same in every epoch.

@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from dataclasses import asdict, fields
+from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 
@@ -103,6 +103,11 @@ def test_baseline_differs_from_jepa_in_jepa_weight_alone(task):
     jepa, baseline = (asdict(load_config([f"{task}_{r}"])) for r in ("jepa", "baseline"))
     assert {k for k in jepa if jepa[k] != baseline[k]} == {"recipe", "out_dir", "jepa_weight"}
     assert baseline["jepa_weight"] == 0 < jepa["jepa_weight"]
+
+
+def test_config_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        Config().n_layer = 3
 
 
 # --- conversions ------------------------------------------------------------------------------

@@ -210,7 +210,9 @@ def test_another_seed_gives_another_order(problems):
 
 
 @pytest.mark.parametrize("change", [
-    {"jepa_weight": 0.0}, {"n_pred": 4}, {"jepa_dropout": 0.5}, {"gradient_accumulation_steps": 4},
+    {"jepa_weight": 0.0}, {"jepa_weight": 4.0}, {"stop_grad": True}, {"n_pred": 0}, {"n_pred": 4},
+    {"jepa_dropout": 0.5}, {"jepa_loss": "mse"}, {"spread": "vicreg", "spread_weight": 0.1},
+    {"n_layer": 2}, {"labels": "all"}, {"max_iters": 9}, {"gradient_accumulation_steps": 4},
 ])  # fmt: skip
 def test_batches_are_those_of_the_baseline(change, bpe):
     """Two runs that differ in the objective see the same examples at the same step."""

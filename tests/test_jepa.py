@@ -49,6 +49,12 @@ def test_cosine_is_0_for_identical_1_for_orthogonal_2_for_opposite():
         assert distance(x, other, "cosine").item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_l2_and_mse_of_identical_views_are_0():
+    x = torch.randn(5, 8)
+    assert distance(x, x, "l2") == 0
+    assert distance(x, x, "mse") == 0
+
+
 @pytest.mark.parametrize("B", [2, 16])
 def test_infonce_of_uninformative_embeddings_is_log_batch(B):
     pred, target = torch.randn(1, 8).expand(B, 8), torch.randn(1, 8).expand(B, 8)

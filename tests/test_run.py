@@ -105,7 +105,8 @@ def test_a_run_is_named_by_its_folder_or_by_a_checkpoint_in_it(ckpt):
         assert (load_run(named, CPU).path, load_run(named, CPU).name) == (path, name)
 
 
-def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
+def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(error, tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     save_checkpoint(path, {"format": "nanoJEPA 1", "weights": torch.ones(1000)})
     before, save = path.read_bytes(), torch.save
@@ -114,10 +115,10 @@ def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(tmp_path, monkeypat
         whole = io.BytesIO()
         save(state, whole)
         file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-        raise OSError("no space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(OSError):
+    with pytest.raises(type(error)):
         save_checkpoint(path, {"format": "nanoJEPA 1", "weights": torch.zeros(1000)})
     monkeypatch.setattr(torch, "save", save)
     assert path.read_bytes() == before
