@@ -2,31 +2,29 @@
 
     load_data(config)  -> Data: train, val and test as views.Pairs, the tokenizer, where from
 
-GSM8K is looked for in a local folder, then on the hub; failing both, synthetic.py makes word
-problems in its form, which are never called GSM8K.
+GSM8K is looked for in a local folder, then on the hub; failing both, generators/word_problems.py
+makes problems in its form, which are never called GSM8K.
 """
 
-import hashlib
-import json
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-import token_cache
 from config import Config, fail
-from regexes import regex_pairs
-from relations import Facts, relation_facts
-from synthetic import word_problems
-from tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer, word_tokenizer
+from generators.regexes import regex_rows
+from generators.relations import facts_of, relation_rows
+from generators.word_problems import word_problem_rows
+from plumbing import columns as token_columns
+from plumbing.jsonl import JsonLines, as_pair, read_jsonl, sha256_of_rows
+from plumbing.tokenizers import Tokenizer, gpt2_tokenizer, train_tokenizer, word_tokenizer
 from views import Columns, Pairs, columns_of, fitting
 
 HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
-
-
-# --- sources: where the pairs come from -------------------------------------------------------
+GENERATORS = {"word_problems": word_problem_rows, "regex": regex_rows, "regex_depth": regex_rows,
+              "relations": relation_rows, "relations_full": relation_rows}  # fmt: skip
+SCORING = {"gsm8k": "number", "word_problems": "number", "regex": "regex", "regex_depth": "regex"}
 
 
 def load_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], str, str]:
@@ -36,22 +34,22 @@ def load_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], str,
         source = files["train"].parent if config.dataset == "gsm8k" else files["train"]
         rows = {split: read_jsonl(path, config.bad_lines) for split, path in files.items()}
         return rows, Path(config.dataset).stem, str(source)
-    if config.dataset == "word_problems":
-        return generated_rows(), "word_problems", "synthetic.py"
-    if config.dataset == "regex":
-        sizes = {"train": 8000, "val": 512, "test": 1000}
-        by_depth = config.regex_split == "depth"
-        rows = {s: regex_pairs(s, n, by_depth=by_depth) for s, n in sizes.items()}
-        return rows, "regex", "regexes.py"
-    if config.dataset == "relations":
-        return relation_rows(config), "relations", "relations.py"
-    if config.dataset.endswith(".txt"):
-        path = Path(config.dataset)
+    name = config.dataset
+    if name in GENERATORS:
+        rows = GENERATORS[name]
+        return rows(name), name, f"{rows.__module__.replace('.', '/')}.py"
+    if name.endswith(".txt"):
+        path = Path(name)
         return read_text(path), path.stem, str(path)
-    if config.dataset != "gsm8k":
-        fail(f"dataset={config.dataset} is not gsm8k, word_problems, regex, relations, or the path "
-             "of a .jsonl or .txt file")
-    folder = Path(config.data_dir or f"data/{config.dataset}")
+    if name != "gsm8k":
+        fail(f"dataset={name} is not gsm8k, {', '.join(GENERATORS)}, or the path of a .jsonl or "
+             ".txt file")
+    return gsm8k_rows(config)
+
+
+def gsm8k_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], str, str]:
+    """As load_rows, without local JSONL files of GSM8K: the hub, else what stands in for it."""
+    folder = Path(config.data_dir or "data/gsm8k")
     if config.data_dir:  # a copy of the hub's repository, or a mistake
         if not folder.is_dir() or not any(folder.iterdir()):
             fail(f"data_dir={config.data_dir} holds no train.jsonl; give the folder that does")
@@ -69,13 +67,14 @@ def load_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], str,
         fail(f"no GSM8K: {folder}/train.jsonl is missing and the hub gave none ({reason})")
     print(
         "\n  ******************************************************************************\n"
-        "  NOT GSM8K. This run uses word problems made by synthetic.py, because\n"
-        f"  {folder}/train.jsonl is missing and the hub gave nothing\n  ({reason[:74]}).\n"
+        "  NOT GSM8K. This run uses made-up word problems (generators/word_problems.py),\n"
+        f"  because {folder}/train.jsonl is missing and the hub gave nothing\n"
+        f"  ({reason[:74]}).\n"
         "  Its results say nothing about GSM8K. For the real data, put train.jsonl and\n"
         f"  test.jsonl into {folder}/ or name their folder with --data_dir=...\n"
         "  ******************************************************************************\n"
     )
-    return generated_rows(), "word_problems", "synthetic.py"
+    return word_problem_rows(), "word_problems", "generators/word_problems.py"
 
 
 def jsonl_files(config: Config) -> dict[str, Path]:
@@ -89,45 +88,6 @@ def jsonl_files(config: Config) -> dict[str, Path]:
     return {split: path for split, path in files.items() if path.exists()}
 
 
-def generated_rows() -> dict[str, list[dict[str, str]]]:
-    """The built-in data, GSM8K's size; its splits share no template."""
-    sizes = {"train": 7473, "val": 512, "test": 1319}
-    return {split: word_problems(split, n) for split, n in sizes.items()}
-
-
-def relation_rows(config: Config) -> dict[str, list[dict[str, str]]]:
-    """Facts as words. Trained on: train facts in both directions, each with its inverse to predict,
-    and atomic facts in one, with none. Held out: the atomic facts' inverses, half each for val and
-    test; there the fact to predict from is the inverse, and the target the trained fact."""
-    ids, facts = facts_of(config)
-    words = ids.words()
-
-    def join(ids):
-        return "".join(words[i] for i in ids)
-
-    def rows(split, with_target):
-        inverses = facts[split]["inverse"] if with_target else [[]] * len(facts[split]["rows"])
-        return [
-            {"text": join(fact[:3]), "code": join(fact[3:]), "target": join(inverse)}
-            for fact, inverse in zip(facts[split]["rows"], inverses)
-        ]  # fmt: skip
-
-    held_out = rows("held_out", True)
-    return {"train": rows("train", True) + rows("atomic", False),
-            "val": held_out[::2], "test": held_out[1::2]}  # fmt: skip
-
-
-def facts_of(config: Config) -> tuple[Facts, dict[str, dict[str, np.ndarray]]]:
-    """The token ids and the facts of dataset=relations, the same for every seed."""
-    sizes = [config.n_relations, config.n_train_entities, config.n_atomic_entities,
-             config.n_train_facts, config.n_atomic_facts]  # fmt: skip
-    try:
-        facts = relation_facts(*sizes, seed=0)
-    except ValueError as error:
-        fail(str(error))
-    return Facts(config.n_relations, config.n_train_entities + config.n_atomic_entities), facts
-
-
 def read_text(path: Path) -> dict[str, list[dict[str, str]]]:
     """A plain text file, in lines; the last tenth of them is held out."""
     try:
@@ -137,87 +97,6 @@ def read_text(path: Path) -> dict[str, list[dict[str, str]]]:
     cut = len(lines) - len(lines) // 10
     rows = [{"text": line, "code": ""} for line in lines]
     return {"train": rows[:cut], "val": rows[cut:]}
-
-
-class JsonLines(Sequence):
-    """Pairs in a file (see read_jsonl), parsed anew whenever asked for: memory holds no more than
-    the place of each line. sha256 is of all rows."""
-
-    def __init__(self, path: Path, places: np.ndarray, sha256: str):
-        self.path, self.places, self.sha256 = path, places, sha256
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, at):
-        if not isinstance(at, slice):
-            return self[at : at + 1][0]
-        pairs = []
-        with open(self.path, "rb") as file:
-            for place in self.places[at].tolist():
-                file.seek(place)
-                pairs.append(as_pair(json.loads(file.readline())))
-        return pairs
-
-    def take(self, rows: np.ndarray) -> "JsonLines":
-        return JsonLines(self.path, self.places[rows], self.sha256)
-
-
-def read_jsonl(path: Path, bad_lines: str) -> JsonLines:
-    """The pairs of a JSONL file. A line that is no pair (see as_pair) is named as file:line, or
-    counted and left out with bad_lines="skip"."""
-    places, end, n_bad, digest = array("q"), 0, 0, hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):  # only "\n" ends one: text may hold U+2028
-                begin, end = end, end + len(line)
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    as_pair(row)
-                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    if bad_lines == "error":
-                        fail(f"{path}:{number}: no pair of texts (question and answer, text and "
-                             "code, or messages); mend the line, or --bad_lines=skip leaves such "
-                             "lines out")
-                    n_bad += 1
-                    continue
-                places.append(begin)
-                digest.update(as_line(row))
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    if n_bad:
-        print(f"{path}: left out {n_bad} bad lines, kept {len(places)}")
-    if not places:
-        fail(f"{path} holds no pair")
-    return JsonLines(path, np.array(places), digest.hexdigest())
-
-
-def as_pair(row: dict) -> dict[str, str]:
-    """{"text", "code", "system"} of a row in any form; raises one of several errors for others.
-
-    {"question", "answer"}, {"text", "code"}, or {"messages": [...]} with roles: the last message,
-    the assistant's, is the code; an optional first one of the system is kept apart; all between
-    them (several turns, perhaps) is the text.
-    """
-    system = ""
-    if "messages" in row:
-        messages = row["messages"]
-        if messages[0]["role"] == "system":
-            system, messages = messages[0]["content"], messages[1:]
-        *turns, last = messages
-        if last["role"] != "assistant":
-            raise ValueError("the last message is not the assistant's")
-        pair = {"text": "\n".join(m["content"] for m in turns), "code": last["content"]}
-    else:
-        text, code = ("question", "answer") if "question" in row else ("text", "code")
-        pair = {"text": row[text], "code": row[code]}
-    for value in (*pair.values(), system + "x"):
-        if not value.strip():
-            raise ValueError("a view is empty")
-        value.encode()  # half a surrogate pair is no text
-    return {**pair, "system": system}
 
 
 def hub_unreachable() -> str:
@@ -255,78 +134,97 @@ def hub_rows(name: str, offline: bool = False) -> dict[str, list[dict[str, str]]
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-# --- all of it --------------------------------------------------------------------------------
-
-
 @dataclass
 class Data:
-    """Splits as tokens, the rows they came from, the tokenizer, and provenance for every result."""
+    """Splits as tokens, the tokenizer, and provenance for every result."""
 
     pairs: dict[str, Pairs]  # train, val and, where there is one, test
     tokenizer: Tokenizer
     provenance: dict[str, str | int]
-    answers: str  # how they are scored: number | final | string | regex (see evaluate.score)
+    scoring: str  # of answers: number | final | string | regex (see generate.score)
 
 
 def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
     """Everything a run reads. `tokenizer` is a checkpoint's; None builds the config's own.
-
     Validation rows come out of train by a fixed permutation, the same for every seed and run
-    (the generator has its own validation split); test is never touched. The tokens of files are
-    kept for the next run (see token_cache).
-    """
+    (generators have their own validation split). The tokens of files are kept for the next run."""
     if config.tokenizer == "gpt2":
         tokenizer = tokenizer or gpt2_tokenizer()
-    files, folder = jsonl_files(config), None
-    if files and config.views != "split":  # which runs all text together
-        folder = token_cache.folder_of(files, config, tokenizer)
-    if folder and folder.exists():
-        provenance, tokenizer, columns = token_cache.read(folder, tokenizer)
-    else:
-        rows, provenance = split_rows(config)
-        tokenizer = tokenizer or tokenizer_for(rows["train"], config)
-        provenance |= {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256}
-        if folder:
-            chunks = {s: chunks_of(some, tokenizer, config) for s, some in rows.items()}
-            token_cache.write(folder, provenance, tokenizer, chunks)
-            columns = token_cache.read(folder, tokenizer)[-1]
-        else:
-            columns = {s: columns_of(some[:], tokenizer, config) for s, some in rows.items()}
-
-    name, source = provenance["dataset"], provenance["source"]
+    columns, tokenizer, provenance = load_columns(config, tokenizer)
     pairs, left_out = {}, {}
     for split in columns:
         pairs[split], left_out[split] = fitting(columns[split], tokenizer, config)
+    report(config, pairs, left_out, tokenizer, provenance)
+    refuse_too_few(config, pairs, provenance["source"])
+    scoring = SCORING.get(provenance["dataset"], "string")
+    if scoring == "number" and config.answer_view == "final":
+        scoring = "final"  # the answer is the number alone
+    return Data(pairs, tokenizer, provenance, scoring)
+
+
+def load_columns(
+    config: Config, tokenizer: Tokenizer | None
+) -> tuple[dict[str, Columns], Tokenizer, dict]:
+    """The tokens of each split, from where they are kept or made now; tokenizer and provenance."""
+    files, folder = jsonl_files(config), None
+    if files and config.views != "split":  # which runs all text together
+        folder = token_columns.folder_of(files, config, tokenizer)
+    if folder and folder.exists():
+        provenance, tokenizer, columns = token_columns.read(folder, tokenizer)
+        return columns, tokenizer, provenance
+    rows, provenance = split_rows(config)
+    tokenizer = tokenizer or tokenizer_for(rows["train"], config)
+    provenance |= {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256}
+    if not folder:
+        columns = {split: columns_of(some[:], tokenizer, config) for split, some in rows.items()}
+        return columns, tokenizer, provenance
+    fields = token_columns.fields_of(config)
+    chunks = {split: chunks_of(some, tokenizer, fields) for split, some in rows.items()}
+    token_columns.write(folder, provenance, tokenizer, chunks)
+    return token_columns.read(folder, tokenizer)[-1], tokenizer, provenance
+
+
+def report(
+    config: Config, pairs: dict[str, Pairs], left_out: dict[str, int], tokenizer: Tokenizer,
+    provenance: dict,
+) -> None:
+    """What was loaded and what was not, in a few lines."""
     counts = ", ".join(f"{split} {len(p)}" for split, p in pairs.items())
-    print(f"data {name} from {source}: {counts} pairs; "
+    print(f"data {provenance['dataset']} from {provenance['source']}: {counts} pairs; "
           f"sha256 of train {provenance['train_sha256'][:12]}")
-    print(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} tokens, "
-          f"train holds {pairs['train'].lengths[:, :2].sum():,}")
+    if provenance["dataset"] == "word_problems":
+        print("validation and test hold out whole kinds of problems: their loss stands far above "
+              "the training loss")
+    size, asked = tokenizer.sep + 1, config.bpe_vocab_size  # the table's padding left out
+    fewer = f", {asked} were asked for, but train has no more pairs to merge"
+    fewer = fewer if tokenizer.name == "bpe" and size < asked else ""
+    print(f"tokenizer {tokenizer.name}: {size} tokens{fewer}; train holds "
+          f"{pairs['train'].lengths[:, :2].sum():,}")
     usable = {split: int(p.has_target(np.arange(len(p))).sum()) for split, p in pairs.items()}
-    if config.views == "steps" or any(usable[split] < len(p) for split, p in pairs.items()):
+    if config.views.startswith("steps") or any(usable[s] < len(p) for s, p in pairs.items()):
         counts = ", ".join(f"{split} {usable[split]} of {len(p)}" for split, p in pairs.items())
         print(f"with two views, so with a JEPA term: {counts}")
     if any(left_out.values()):
         print(f"left out as longer than block_size={config.block_size}: {left_out}")
+
+
+def refuse_too_few(config: Config, pairs: dict[str, Pairs], source: str) -> None:
+    """Exit where the pairs do not make a batch or an evaluation."""
     if len(pairs["train"]) < config.batch_size:
         fail(f"{len(pairs['train'])} training pairs from {source} are fewer than "
              f"batch_size={config.batch_size}; lower it or bring more data")
     n_val = pairs["val"].has_target(np.arange(min(config.eval_pairs, len(pairs["val"])))).sum()
     if n_val < 2:
-        why = " with two steps" if config.views == "steps" else ""
+        why = " with two steps" if config.views.startswith("steps") else ""
         unit = "lines" if config.dataset.endswith(".txt") else "pairs"
         fail(f"{n_val} validation pairs{why} from {source}: mismatched cosine needs 2, and "
              f"validation takes a tenth of train; bring at least 20 {unit}")
-    answers = {"gsm8k": "number", "word_problems": "number", "regex": "regex"}.get(name, "string")
-    if answers == "number" and config.answer_view == "final":
-        answers = "final"  # the answer is the number alone
-    return Data(pairs, tokenizer, provenance, answers)
 
 
 def split_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], dict]:
     """Rows of train, val and perhaps test, as pairs where views are of pairs; and provenance."""
     rows, name, source = load_rows(config)
-    digests = {f"{split}_sha256": sha256(some) for split, some in rows.items()}
+    digests = {f"{split}_sha256": sha256_of_rows(some) for split, some in rows.items()}
     if "val" not in rows:
         order = np.random.default_rng(0).permutation(len(rows["train"]))
         n_val = min(512, len(order) // 10)
@@ -356,7 +254,7 @@ def take(rows: Sequence, at: np.ndarray) -> Sequence:
 def tokenizer_for(train: Sequence[dict[str, str]], config: Config) -> Tokenizer:
     """The tokenizer that a config without GPT-2's gets from its data."""
     if config.tokenizer == "words":
-        return word_tokenizer(facts_of(config)[0].words())
+        return word_tokenizer(facts_of(config.dataset)[0].words())
     texts = (row.get(key, "") for some in in_chunks(train) for row in some
              for key in ("text", "code"))  # fmt: skip
     return train_tokenizer(texts, config.bpe_vocab_size)
@@ -371,17 +269,3 @@ def chunks_of(rows: Sequence, tokenizer: Tokenizer, config: Config) -> Iterator[
     for some in in_chunks(rows):
         yield columns_of(some, tokenizer, config, first)
         first += len(some)
-
-
-def sha256(rows: Sequence[dict]) -> str:
-    """Of the rows as JSON Lines: for GSM8K, from wherever, the sha256 of its published file."""
-    if isinstance(rows, JsonLines):
-        return rows.sha256
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(as_line(row))
-    return digest.hexdigest()
-
-
-def as_line(row: dict) -> bytes:
-    return (json.dumps(row) + "\n").encode()

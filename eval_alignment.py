@@ -13,27 +13,24 @@ import itertools
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from config import Config, fail, parse_args
-from draw_alignment import draw_pairs, draw_panel
-from jepa import alignment, collapse_panel, cosines, verdict
-from model import GPT, read_hidden
-from run import (
-    data_of,
-    exit_quietly,
-    load_run,
-    pick_device,
-    read_records,
-    runs_newest_first,
-    versions,
-)
-from sweep import mean_sd, number
+from alignment import alignment, held_out_batches, verdict
+from config import fail, parse_args, what
+from data import Data
+from jepa import OBJECTIVES, cosines, off_diagonal
+from model import Trunk, block_ends, read_hidden
+from plumbing.alignment_plots import Models, draw_pairs, draw_panel
+from plumbing.files import read_records, write_figure, write_json
+from plumbing.linear_map import difference_spectrum, linear_r2
+from plumbing.processes import pick_device, run_main, versions
+from plumbing.stats import mean_sd, plus_minus
+from run import Run, data_of, load_run, make_model, runs_newest_first
 from views import CODE, PRED, TEXT, Pairs
 
 FIRST_TABLE = {  # measure: title, digits
@@ -71,11 +68,9 @@ class Measured:
     n_eval: int = 0  # pairs in each of those
 
 
-Models = list[tuple[str, list[Measured]]]  # a name, and a Measured for every seed
-
-
 def main(argv: list[str]) -> None:
-    values, names = parse_args(Args, argv, "python eval_alignment.py [RUN ...] [--key=value ...]")
+    usage = f"python eval_alignment.py [RUN ...] [--key=value ...]\n\n{__doc__}"
+    values, names = parse_args(Args, argv, usage)
     args = Args(**values)
     if args.split not in ("val", "test") or args.n_pairs < 2:
         fail(f"split={args.split} must be val or test, and n_pairs={args.n_pairs} at least 2")
@@ -84,47 +79,44 @@ def main(argv: list[str]) -> None:
     device, autocast = pick_device(args.device, args.dtype)
     paths = [Path(name) for name in names] or same_data(runs_newest_first())
 
-    measured, floor, digest, first = [], None, None, None
+    measured, floor, first_texts, data = [], None, None, None
     for path in paths:
         run = load_run(path, device)
+        digest = data and data.provenance["train_sha256"]
         data = data_of(run, args.data_dir)
         if digest not in (None, data.provenance["train_sha256"]):
             fail(f"{run.path} was trained on other data than {paths[0]}: compare runs on one set")
-        digest = data.provenance["train_sha256"]
-        pairs = data.pairs.get(args.split)
-        pairs = choose(pairs, args.n_pairs, args.pairs_seed) if pairs is not None else None
-        if pairs is None or pairs.has_target(np.arange(len(pairs))).sum() < 2:
-            fail(f"{data.provenance['source']} has fewer than 2 {args.split} pairs")
-        shown = [[run.tokenizer.decode(pairs.view(row, view)) for view in (TEXT, CODE)]
-                 for row in range(len(pairs))]  # fmt: skip
-        first = first or shown
-        if shown != first:
+        pairs = chosen_pairs(data, args)
+        texts = [[run.tokenizer.decode(pairs.view(example, view)) for view in (TEXT, CODE)]
+                 for example in range(len(pairs))]  # fmt: skip
+        if texts != (first_texts := first_texts or texts):
             print(f"note: {run.name} is measured on other pairs than {measured[0].numbers['name']} "
                   "(views or block_size differ)")
-        m = measure(run.name, run.model, run.config, run.step, pairs, device, autocast)
+        m = measure(run, pairs, autocast)
         m.curve = [r for r in read_records(run.path.parent / "metrics.jsonl") if "val_ce" in r]
         m.n_eval = min(run.config.eval_pairs, len(data.pairs["val"]))
         measured.append(m)
-        if floor is None:
-            torch.manual_seed(run.config.seed)
-            untrained = GPT(run.config, run.tokenizer.vocab_size, pairs.layout.parents).to(device)
-            floor = measure("untrained", untrained, run.config, 0, pairs, device, autocast)
+        floor = floor or measure(untrained(run), pairs, autocast)
     # JEPA first, then the baselines, then the floor
     measured.sort(key=lambda m: m.numbers["jepa_weight"] == 0)
     models = [*by_settings(measured), ("untrained", [floor])]
+    write_results(paths[0], models, args, data.provenance)
 
-    n = len(floor.cosines)
-    about = {"split": args.split, "n_pairs": n, "pairs_seed": args.pairs_seed,
-             "data": data.provenance, **versions()}  # fmt: skip
-    folder = (paths[0] if paths[0].is_dir() else paths[0].parent).resolve().parent
-    results = {**about, "models": [m.numbers for m in [*measured, floor]],
-               "over_seeds": over_seeds(models)}  # fmt: skip
-    (folder / "alignment.json").write_text(json.dumps(results, indent=1) + "\n")
+
+def write_results(first_path: Path, models: Models, args: Args, data: dict[str, Any]) -> None:
+    """alignment.json, both figures and both tables."""
+    n = len(models[-1][1][0].cosines)
+    about = {"split": args.split, "n_pairs": n, "pairs_seed": args.pairs_seed, "data": data,
+             **versions()}  # fmt: skip
+    folder = (first_path if first_path.is_dir() else first_path.parent).resolve().parent
+    write_json(folder / "alignment.json", {
+        **about, "models": [m.numbers for _, group in models for m in group],
+        "over_seeds": over_seeds(models)})  # fmt: skip
     first, second = tables(models)
-    draw_pairs(models, first, about).savefig(folder / "alignment.png", dpi=110)
-    draw_panel(models, second, about).savefig(folder / "alignment_panel.png", dpi=110)
-    print(f"\n{n} held-out pairs of {data.provenance['dataset']} ({args.split}); retrieval@1 by "
-          f"chance {1 / n:.3f}")
+    write_figure(folder / "alignment.png", draw_pairs(models, first, about))
+    write_figure(folder / "alignment_panel.png", draw_panel(models, second, about))
+    print(f"\n{n} held-out pairs of {data['dataset']} ({args.split}); retrieval@1 by chance "
+          f"{1 / n:.3f}")
     for rows in (first, second):
         for cells in rows:
             print(f"{cells[0]:<24}" + "".join(f"{cell:>15}" for cell in cells[1:]))
@@ -150,64 +142,98 @@ def same_data(paths: list[Path]) -> list[Path]:
     return sorted(path for path in paths if digests[path] == digests[paths[0]])
 
 
-def choose(pairs: Pairs, n: int, seed: int) -> Pairs:
-    """n pairs of a split (all, if it has fewer): the first, or a random choice if seed is not 0."""
-    n = min(n, len(pairs))
-    at = np.random.default_rng(seed).choice(len(pairs), n, replace=False) if seed else np.arange(n)
-    return replace(pairs, starts=pairs.starts[at], lengths=pairs.lengths[at], asked=pairs.asked[at])
+def chosen_pairs(data: Data, args: Args) -> Pairs:
+    """n_pairs of the split (all, if it has fewer): the first, or a random choice with a seed."""
+    pairs, source = data.pairs.get(args.split), data.provenance["source"]
+    if pairs is not None:
+        n, rng = min(args.n_pairs, len(pairs)), np.random.default_rng(args.pairs_seed)
+        at = rng.choice(len(pairs), n, replace=False) if args.pairs_seed else np.arange(n)
+        pairs = pairs.take(at)
+    if pairs is None or pairs.has_target(np.arange(len(pairs))).sum() < 2:
+        fail(f"{source} has fewer than 2 {args.split} pairs")
+    return pairs
 
 
-def measure(name, model: GPT, config: Config, step, pairs, device, autocast) -> Measured:
+def untrained(run: Run) -> Run:
+    """The same network before its first step: the floor."""
+    torch.manual_seed(run.config.seed)
+    model = make_model(run.config, run.tokenizer.vocab_size).to(run.model.device)
+    return replace(run, name="untrained", model=model.eval(), step=0)
+
+
+def measure(run: Run, pairs: Pairs, autocast) -> Measured:
     """The whole panel for one model; step 0 is an untrained one."""
-    ce, layers = encode_layers(model, pairs, device, autocast)
+    ce, layers = embed_layers(run.model, pairs, autocast)
     by_layer = [alignment(pred, code) for _, code, pred in layers]
     keys = ("matched", "mismatched", "effective_rank_pred", "effective_rank_target")
     text, code, pred = layers[-1]
     panel = collapse_panel(pred, text, code)
     numbers = {
-        "name": name, "step": step, "jepa_weight": config.jepa_weight if step else None,
-        "seed": config.seed, "ce": ce, **panel, "pairs": verdict(panel),
+        "name": run.name, "step": run.step,
+        "jepa_weight": run.config.jepa_weight if run.step else None,
+        "seed": run.config.seed, "ce": ce, **panel, "pairs": verdict(panel),
         "layers": {key: [measures[key] for measures in by_layer] for key in keys},
     }  # fmt: skip
-    settings = asdict(replace(config, seed=0, out_dir="", device="", data_dir="", init_from=""))
-    return Measured(numbers, cosines(pred, code), layers[-1], str((step, settings)))
+    settings = {**what(run.config), "seed": None, "step": run.step}
+    return Measured(numbers, cosines(pred, code), layers[-1], str(settings))
 
 
 @torch.no_grad()
-def encode_layers(model: GPT, pairs: Pairs, device: torch.device, autocast):
+def embed_layers(trunk: Trunk, pairs: Pairs, autocast):
     """Cross-entropy and, layer by layer, Enc(text), Enc(code) and Pred(text) of the pairs.
 
-    It is run.encode_pairs with an ear at every layer (a test compares them). Enc(text) is the view
-    that Pred continues, encoded alone.
+    It is alignment.embed_pairs with an ear at every layer (a test compares them). Enc(text) is the
+    view that Pred continues, encoded alone.
 
-    Returns: mean cross-entropy per label in nats; (n_layer + 1, 3, m, C) float32 on the CPU for the
+    Returns: mean cross-entropy per label in nats; (layers + 1, 3, m, C) float32 on the CPU for the
     m pairs that have both views: after the embeddings, then after each layer, all read through the
     final norm as the last one is.
     """
-    layout, pooling, n = pairs.layout, pairs.config.pooling, len(pairs)
-    reads = (layout.parents[PRED] or TEXT, pooling), (layout.enc, pooling), (layout.pred, "last")
-    order = np.argsort(pairs.lengths.sum(1), kind="stable")  # little padding
-    has_target = pairs.has_target(np.arange(n))
-    encoded = torch.empty(len(model.h) + 1, 3, n, pairs.config.n_embd)
-    ce, n_labels, streams = 0.0, 0, []  # streams: of one batch, after each layer, (B, T, C)
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, output: streams.append(output))
-        for module in (model.drop, *model.h[:-1])
-    ]
-    model.eval()
-    for at in np.split(order, range(16, n, 16)):
-        rows = pairs.pack(at, layout.row, has_target[at]).to(device)
-        streams.clear()
+    config, objective = pairs.config, OBJECTIVES[pairs.config.objective]
+    text_block = pairs.layout.parents[PRED] or TEXT
+    has_target = pairs.has_target(np.arange(len(pairs)))
+    encoded, ce, n_labels = None, 0.0, 0
+    for at, batch in held_out_batches(pairs, len(pairs)):
+        batch, streams = batch.to(trunk.device), []
         with autocast():
-            last, ce_sum = model(*rows)
-            ce, n_labels = ce + ce_sum.item(), n_labels + (rows.targets != -1).sum().item()
-            for layer, hidden in enumerate([*map(model.ln_f, streams), last]):
-                for view, (block, how) in enumerate(reads):
-                    read = read_hidden(hidden, rows.block, block, how)
-                    encoded[layer, view, at] = read.float().cpu()
-    for hook in hooks:
-        hook.remove()
+            read = objective.reads(batch.block, config) | block_ends(batch.block)
+            last, ce_sum = trunk(batch, read, streams)
+        ce, n_labels = ce + ce_sum.item(), n_labels + (batch.targets != -1).sum().item()
+        if encoded is None:
+            encoded = torch.empty(len(streams) + 1, 3, len(pairs), trunk.width)
+        for layer, hidden in enumerate([*streams, last]):
+            text = read_hidden(hidden, batch.block, text_block, config.pooling)
+            pred, code = objective.views(hidden, batch.block, config)
+            for view, read in enumerate((text, code, pred)):
+                encoded[layer, view, at] = read.float().cpu()
     return ce / n_labels, encoded[:, :, has_target]
+
+
+def collapse_panel(
+    pred: torch.Tensor, text: torch.Tensor, target: torch.Tensor
+) -> dict[str, float | str | list[float]]:
+    """Every measure there is on N pairs: Pred(text), Enc(text) and Enc(code), (N, C) each.
+
+    To `alignment` of pred and target it adds the cosines within each of the two, and for
+    Enc(text) and Enc(code), as in the paper, `linear_r2` and `difference_spectrum`; both once
+    more for shuffled pairs, since collapse makes right and wrong pairs alike.
+    """
+    r2, flaw = linear_r2(text, target)
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(text), generator=generator) for _ in range(5)]
+    return {
+        **alignment(pred, target),
+        "within_pred": within_cosine(pred), "within_target": within_cosine(target),
+        "linear_r2": r2, "linear_r2_flaw": flaw,
+        "linear_r2_shuffled": sum(linear_r2(text, target[order])[0] for order in orders) / 5,
+        "singular_values": difference_spectrum(text, target),
+        "singular_values_shuffled": difference_spectrum(text, target[orders[0]]),
+    }  # fmt: skip
+
+
+def within_cosine(x: torch.Tensor) -> float:
+    """Mean cosine of two different rows of one view (N, C): 1 when all of them point one way."""
+    return off_diagonal(cosines(x.float(), x.float())).mean().item()
 
 
 # --- seeds of one recipe ----------------------------------------------------------------------
@@ -256,7 +282,7 @@ def tables(models: Models) -> list[list[list[str]]]:
         flaws = (m.numbers["linear_r2_flaw"] for m in group)
         counts = [f"no ({flaw})" if flaw else "yes" for flaw in flaws]
         for table, columns, words in (first, FIRST_TABLE, pairs), (second, SECOND_TABLE, counts):
-            cells = [number(row["mean"][k], row["sd"][k], d) for k, (_, d) in columns.items()]
+            cells = [plus_minus(row["mean"][k], row["sd"][k], d) for k, (_, d) in columns.items()]
             counted = [f"{n} {word}" for word, n in Counter(words).items()]
             said = words[0] if len(counted) == 1 else ", ".join(counted)
             table.append([name, str(len(group)), *cells, said])
@@ -264,4 +290,4 @@ def tables(models: Models) -> list[list[list[str]]]:
 
 
 if __name__ == "__main__":
-    exit_quietly(main)
+    run_main(main)

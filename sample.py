@@ -6,11 +6,13 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
-from config import fail, moved, parse_args
+from config import fail, parse_args, relocated
 from data import load_data
-from run import exit_quietly, load_run, pick_device, runs_newest_first
+from generate import Sampling, generate
+from plumbing.processes import pick_device, run_main
+from run import Run, chosen_run
 from views import pred_tokens, system_tokens
 
 
@@ -26,14 +28,43 @@ class Args:
     top_p: float = 1.0  # draw among the likeliest tokens whose probability reaches p
     seed: int = 1337  # the same seed gives the same answers
     # where
+    out_dir: str = ""  # folder of the run, as train.py spells it; RUN says the same
     data_dir: str = ""  # folder of the data, if it is no longer where the run found it
     device: str = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
 
 
+class Question(NamedTuple):
+    text: str
+    prompt: list[int]  # the tokens that the answer continues
+    right_answer: str | None
+
+
 def main(argv: list[str]) -> None:
-    values, runs = parse_args(Args, argv, "python sample.py [RUN] [--key=value ...]")
+    values, runs = parse_args(Args, argv, f"python sample.py [RUN] [--key=value ...]\n\n{__doc__}")
     args = Args(**values)
+    refuse(args, runs)
+    device, autocast = pick_device(args.device, args.dtype)
+    run = chosen_run(runs, args.out_dir, device)
+    print(f"run {run.path}, step {run.step}, trained on {run.provenance['data']['dataset']}")
+    if args.prompt:
+        questions = [own_question(run, args.prompt)] * args.num_samples
+    else:
+        questions = held_out_questions(run, args)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    prompts = [question.prompt for question in questions]
+    with autocast():
+        outputs = generate(run.model, prompts, args.max_new_tokens, run.tokenizer.eot, sampling)
+    for question, output in zip(questions, outputs):
+        ended = "" if output[-1] == run.tokenizer.eot else " [cut off: no end of text]"
+        print(f"\n--- question\n{question.text}\n--- {run.name} answers\n"
+              f"{run.tokenizer.decode(output)}{ended}")
+        if question.right_answer is not None:
+            print(f"--- right answer\n{question.right_answer}")
+
+
+def refuse(args: Args, runs: list[str]) -> None:
+    """Exit on values that cannot work, before a model is loaded."""
     if len(runs) > 1:
         fail(f"one run at a time, got {' '.join(runs)}; a prompt is given as --prompt=\"...\"")
     if args.num_samples < 1 or args.max_new_tokens < 1:
@@ -44,53 +75,40 @@ def main(argv: list[str]) -> None:
              f"top_p={args.top_p} must lie in (0, 1]")
     if not 0 <= args.seed < 2**63:
         fail(f"seed={args.seed} must be from 0 to 2**63 - 1")
-    device, autocast = pick_device(args.device, args.dtype)
-    run = load_run(Path(runs[0]) if runs else runs_newest_first()[0], device)
-    trained_on = run.provenance["data"]
-    print(f"run {run.path}, step {run.step}, trained on {trained_on['dataset']}")
 
-    tokenizer = run.tokenizer
-    text = args.prompt
-    if text and tokenizer.name == "words":
-        words = [f" {word}" for word in text.split()]
-        if not words or any(word.encode() not in tokenizer.ranks for word in words):
-            fail(f"prompt={text!r} must be words that {run.path} knows, such as 'a3 b4 r2'")
-        text = "".join(words)
-    if text:
-        # Running text and facts go on without an end mark.
-        prompt = tokenizer.encode([text])[0]
-        if run.config.views in ("pairs", "steps"):
-            system = system_tokens([trained_on], tokenizer, run.config)[0]
-            prompt = system + prompt + [tokenizer.sep]
-        prompts = [prompt + pred_tokens(run.config, tokenizer.vocab_size)] * args.num_samples
-        questions, answers = [args.prompt] * args.num_samples, [None] * args.num_samples
-    else:
-        data = load_data(moved(run.config, args.data_dir), tokenizer)
-        if data.provenance["train_sha256"] != trained_on["train_sha256"]:
-            print(f"note: the run saw other data ({trained_on['dataset']} from "
-                  f"{trained_on['source']}); these questions may not be held out")
-        held_out = data.pairs["val"]
-        rows = range(min(args.num_samples, len(held_out)))
-        prompts = [held_out.prompt(row) for row in rows]
-        questions = [tokenizer.decode(held_out.question(row)) for row in rows]
-        answers = [tokenizer.decode(held_out.answer(row)) for row in rows]
-    room = run.config.block_size - 1
-    if len(prompts[0]) > room and args.prompt:
-        fail(f"the prompt has {len(prompts[0])} tokens, its end mark included; the context of "
+
+def own_question(run: Run, prompt: str) -> Question:
+    """A question of the user's, in the form that the run was trained on."""
+    text, tokenizer, config = prompt, run.tokenizer, run.config
+    if config.views == "facts":
+        text = "".join(f" {word}" for word in prompt.split())
+    try:
+        [ids] = tokenizer.encode([text])
+    except ValueError as error:
+        fail(f"prompt={prompt!r}: {error} of {run.path}, which has words such as 'a3 b4 r2'")
+    # Running text and facts go on without an end mark.
+    if config.views not in ("split", "facts"):
+        [system] = system_tokens([run.provenance["data"]], tokenizer, config)
+        ids = [*system, *ids, tokenizer.sep]
+    ids += pred_tokens(config, tokenizer.vocab_size)
+    room = config.block_size - 1
+    if not 0 < len(ids) <= room:
+        fail(f"the prompt has {len(ids)} tokens, its end mark included; the context of "
              f"{run.path} leaves room for {room}")
+    return Question(prompt, ids, None)
 
-    with autocast():
-        outputs = run.model.generate(
-            prompts, args.max_new_tokens, tokenizer.eot, temperature=args.temperature,
-            top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-        )  # fmt: skip
-    for question, answer, output in zip(questions, answers, outputs):
-        ended = "" if output[-1] == tokenizer.eot else " [cut off: no end of text]"
-        print(f"\n--- question\n{question}\n--- {run.name} answers\n"
-              f"{tokenizer.decode(output)}{ended}")
-        if answer is not None:
-            print(f"--- right answer\n{answer}")
+
+def held_out_questions(run: Run, args: Args) -> list[Question]:
+    """The first questions of validation, with the right answers."""
+    trained_on = run.provenance["data"]
+    data = load_data(relocated(run.config, args.data_dir), run.tokenizer)
+    if data.provenance["train_sha256"] != trained_on["train_sha256"]:
+        print(f"note: the run saw other data ({trained_on['dataset']} from "
+              f"{trained_on['source']}); these questions may not be held out")
+    pairs, decode = data.pairs["val"], run.tokenizer.decode
+    return [Question(decode(pairs.question(e)), pairs.prompt(e), decode(pairs.answer(e)))
+            for e in range(min(args.num_samples, len(pairs)))]  # fmt: skip
 
 
 if __name__ == "__main__":
-    exit_quietly(main)
+    run_main(main)

@@ -5,20 +5,20 @@
     pairs.batch(step)  which examples a step trains on, a pure function of (seed, step)
     pairs.pack(...)    those examples as rows of blocks, ready for the model
 
-Every published variant is a tree of blocks, masked by one rule (model.block_causal_mask); this
-file is where they differ, and the model knows nothing of it.
+Every published variant is a tree of blocks, masked by one rule (model.block_causal_mask). This
+file is where they differ; the model knows blocks by number only.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from config import Config
-from model import PAD
-from tokenizer import Tokenizer
+from model import PAD, Batch
+from plumbing.tokenizers import Tokenizer
 
 # Blocks by number. TEXT, CODE and TARGET are views of an example; AGAIN is the text once more.
 TEXT, CODE, TARGET, PRED, AGAIN = 1, 2, 3, 4, 5
@@ -51,10 +51,10 @@ def layout_of(config: Config) -> Layout:
     elif config.layout == "plan":
         parents = {PRED: TEXT, CODE: PRED}
         row, plain = (TEXT, PRED, CODE, TARGET), (TEXT, PRED, CODE)
-    elif config.direction == "reverse":
+    elif config.layout == "reverse":
         parents[PRED] = TARGET
         row, enc = (TEXT, CODE, TARGET, PRED), TEXT
-    elif config.pred_place == "front":
+    elif config.layout == "front":
         parents = {CODE: TEXT, AGAIN: PRED}
         row, pred = (TEXT, CODE, PRED, AGAIN, TARGET), AGAIN
     elif config.views == "facts":
@@ -64,37 +64,24 @@ def layout_of(config: Config) -> Layout:
     return Layout(tuple(parents.get(b) for b in range(6)), row, plain, pred, enc)
 
 
-class Rows(NamedTuple):
-    """A batch for the model, each (B, T): tokens, the block of each, next tokens (-1: no label)."""
-
-    idx: torch.Tensor
-    block: torch.Tensor
-    targets: torch.Tensor
-
-    def to(self, device: torch.device) -> "Rows":
-        if device.type != "cuda":
-            return Rows(*(t.to(device) for t in self))
-        return Rows(*(t.pin_memory().to(device, non_blocking=True) for t in self))
-
-
 @dataclass
 class Pairs:
     """Tokenized examples of one split: a flat token stream and where each view lies in it.
 
     tokens (N,) int32 and is_label (N,) bool: is it to be predicted? starts (n, 3) int64 and lengths
     (n, 3) int32, a column for TEXT, CODE and TARGET each. A TARGET of length 0: no JEPA term.
-    asked (n,): how many of the text's tokens are the question that generation starts from.
-    origin (n,): the row of its split that each example is, where they come from rows (fitting).
+    question_length (n,): how many of the text's tokens are the question, from which generation
+    starts. source_row (n,): the row of its split that each example was made of (see fitting).
     """
 
     tokens: np.ndarray
     is_label: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    asked: np.ndarray
+    question_length: np.ndarray
     config: Config
     vocab_size: int
-    origin: np.ndarray | None = None
+    source_row: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -103,30 +90,36 @@ class Pairs:
     def layout(self) -> Layout:
         return layout_of(self.config)
 
-    def view(self, row: int, block: int) -> list[int]:
+    def take(self, at: np.ndarray) -> "Pairs":
+        """The examples at these numbers."""
+        source_row = None if self.source_row is None else self.source_row[at]
+        return replace(self, starts=self.starts[at], lengths=self.lengths[at],
+                       question_length=self.question_length[at], source_row=source_row)
+
+    def view(self, example: int, block: int) -> list[int]:
         """Tokens of one view of one example: block is TEXT, CODE or TARGET."""
-        start = self.starts[row, block - 1]
-        return self.tokens[start : start + self.lengths[row, block - 1]].tolist()
+        start = self.starts[example, block - 1]
+        return self.tokens[start : start + self.lengths[example, block - 1]].tolist()
 
-    def prompt(self, row: int) -> list[int]:
+    def prompt(self, example: int) -> list[int]:
         """What generation starts from: the question and, in the plan layout, [PRED]."""
-        return self.question(row) + pred_tokens(self.config, self.vocab_size)
+        return self.question(example) + pred_tokens(self.config, self.vocab_size)
 
-    def question(self, row: int) -> list[int]:
-        return self.view(row, TEXT)[: self.asked[row]]
+    def question(self, example: int) -> list[int]:
+        return self.view(example, TEXT)[: self.question_length[example]]
 
-    def answer(self, row: int) -> list[int]:
+    def answer(self, example: int) -> list[int]:
         """What is right after the question: the rest of the text (steps), then the code."""
-        return self.view(row, TEXT)[self.asked[row] :] + self.view(row, CODE)
+        rest = self.view(example, TEXT)[self.question_length[example] :]
+        return rest + self.view(example, CODE)
 
     def batch(self, step: int) -> np.ndarray:
         """(B,) the examples of micro-batch `step`, a pure function of (seed, step).
 
-        Every epoch is a new order without repeats; what does not fill a batch is left out.
-        To need little padding, a batch holds examples of like length: of the whole row
-        first, then, among eight batches of those, of the code, which JEPA adds once more (GSM8K:
-        2 % of positions with and without JEPA; by the whole row alone 10 % without). A random 3 %
-        of the lengths keeps the batches from being the same in every epoch.
+        Every epoch is a new order without repeats; what does not fill a batch is left out. To need
+        little padding, a batch holds examples of like length: of the whole row first, then, among
+        eight batches of those, of the code, which JEPA adds once more (GSM8K: 2 % of positions with
+        and without JEPA). A random 3 % of the lengths keeps batches from recurring every epoch.
         """
         B = self.config.batch_size
         epoch, step = divmod(step, len(self) // B)
@@ -142,32 +135,32 @@ class Pairs:
             self._epoch, self._order = epoch, order[rng.permutation(len(order))]
         return self._order[step]
 
-    def has_target(self, rows: np.ndarray) -> np.ndarray:
+    def has_target(self, examples: np.ndarray) -> np.ndarray:
         """(B,) bool: which examples have two views, and so can carry the JEPA term."""
-        return self.lengths[rows, TARGET - 1] > 0
+        return self.lengths[examples, TARGET - 1] > 0
 
-    def with_jepa(self, rows: np.ndarray, step: int, micro: int) -> np.ndarray:
+    def with_jepa(self, examples: np.ndarray, step: int, micro: int) -> np.ndarray:
         """(B,) bool: which examples of micro-batch `micro` of `step` carry the JEPA term. Those
         that can, less the share `jepa_dropout`: whole steps, or example by example."""
         config = self.config
         per_batch = config.jepa_dropout_per == "batch"
         seed = (config.seed, step) if per_batch else (config.seed, step, micro)
-        draws = np.random.default_rng(seed).random(1 if per_batch else len(rows))
-        return self.has_target(rows) & (draws >= config.jepa_dropout) & (config.jepa_weight > 0)
+        draws = np.random.default_rng(seed).random(1 if per_batch else len(examples))
+        return self.has_target(examples) & (draws >= config.jepa_dropout) & (config.jepa_weight > 0)
 
-    def pack(self, rows: np.ndarray, blocks: tuple[int, ...], jepa=True) -> Rows:
-        """Examples `rows` (B,) as rows that hold `blocks`, in that order, padded on the right.
+    def pack(self, examples: np.ndarray, blocks: tuple[int, ...], has_jepa=True) -> Batch:
+        """Examples (B,) as rows that hold `blocks`, in that order, padded on the right.
 
-        jepa (B,) bool, or one for all: an example without it holds the layout's plain blocks only.
-        Labels: a token of the text or code that is to be predicted is the target of the token
+        has_jepa (B,) bool, or one for all: an example without it holds the layout's plain blocks
+        only. Labels: a token of the text or code that is to be predicted is the target of the token
         before it, if its block continues that one's. Copies, [PRED] and padding carry none.
         """
-        layout, k, B = self.layout, self.config.n_pred, len(rows)
-        jepa = np.broadcast_to(jepa, B)
+        layout, k, B = self.layout, self.config.n_pred, len(examples)
+        has_jepa = np.broadcast_to(has_jepa, B)
         column_of = {AGAIN: TEXT - 1, TEXT: TEXT - 1, CODE: CODE - 1, TARGET: TARGET - 1}
-        sizes = {b: self.lengths[rows, column] for b, column in column_of.items()}
+        sizes = {b: self.lengths[examples, column] for b, column in column_of.items()}
         sizes[PRED] = np.full(B, k)
-        sizes = {b: n if b in layout.plain else n * jepa for b, n in sizes.items()}
+        sizes = {b: n if b in layout.plain else n * has_jepa for b, n in sizes.items()}
         width = int(sum(sizes[b] for b in blocks).max())
         idx = np.zeros((B, width), np.int64)
         block = np.full((B, width), PAD)
@@ -181,18 +174,18 @@ class Pairs:
             if b == PRED:
                 idx[inside] = self.vocab_size + within[inside]
             else:
-                begin = self.starts[rows, column_of[b]][:, None]
+                begin = self.starts[examples, column_of[b]][:, None]
                 at = (begin + within)[inside]
                 idx[inside] = self.tokens[at]
                 is_label[inside] = self.is_label[at] & (b in (TEXT, CODE))
             start = start + sizes[b][:, None]
-        # Block numbers of parents, with -1 for none: may the label be predicted from its left?
+        # Numbers of the parents, -1 for none: may the label be predicted from its left?
         parent = np.array([-1 if p is None else p for p in layout.parents])[block]
         left, right = block[:, :-1], block[:, 1:]
         labelled = is_label[:, 1:] & ((right == left) | (parent[:, 1:] == left))
         targets = np.full((B, width), -1)
         targets[:, :-1][labelled] = idx[:, 1:][labelled]
-        return Rows(*map(torch.from_numpy, (idx, block, targets)))
+        return Batch(*map(torch.from_numpy, (idx, block, targets)))
 
 
 def pred_tokens(config: Config, vocab_size: int) -> list[int]:
@@ -204,11 +197,11 @@ def pred_tokens(config: Config, vocab_size: int) -> list[int]:
 
 
 class Example(NamedTuple):
-    """One example in tokens. Labels: the text after its first `asked` tokens (the question), and
-    the code. target: None is the code again, [] means no JEPA term."""
+    """One example in tokens. Labels: the text after its first `question_length` tokens, and the
+    code. target: None is the code again, [] means no JEPA term."""
 
     text: list[int]
-    asked: int
+    question_length: int
     code: list[int]
     target: list[int] | None = None
 
@@ -220,7 +213,7 @@ class Columns(NamedTuple):
     is_label: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    asked: np.ndarray
+    question_length: np.ndarray
 
 
 def tokenize(rows, tokenizer: Tokenizer, config: Config) -> tuple[Pairs, int]:
@@ -232,13 +225,14 @@ def columns_of(
     rows: list[dict[str, str]], tokenizer: Tokenizer, config: Config, first: int = 0
 ) -> Columns:
     """Rows as tokens; the first of them has number `first` in its split."""
-    families = {"pairs": pair_views, "steps": step_views, "split": split_views, "facts": fact_views}
+    families = {"pairs": pair_views, "steps": step_views, "steps_random": step_views,
+                "split": split_views, "facts": fact_views}  # fmt: skip
     return stacked(families[config.views](rows, tokenizer, config, first), config)
 
 
 def stacked(examples: list[Example], config: Config) -> Columns:
     """Examples one after another."""
-    tokens, is_label, starts, lengths, asked = [], [], [], [], []
+    tokens, is_label, starts, lengths, question_length = [], [], [], [], []
     for text, question, code, target in examples:
         begin = len(tokens)
         tokens += text + code
@@ -252,12 +246,11 @@ def stacked(examples: list[Example], config: Config) -> Columns:
             is_label += [False] * len(target)
         starts.append((begin, begin + len(text), target_begin))
         lengths.append((len(text), len(code), len(target)))
-        asked.append(question)
-    return Columns(
-        np.array(tokens, np.int32), np.array(is_label, bool),
-        np.array(starts, np.int64).reshape(-1, 3), np.array(lengths, np.int32).reshape(-1, 3),
-        np.array(asked, np.int32),
-    )  # fmt: skip
+        question_length.append(question)
+    starts = np.array(starts, np.int64).reshape(-1, 3)
+    lengths = np.array(lengths, np.int32).reshape(-1, 3)
+    return Columns(np.array(tokens, np.int32), np.array(is_label, bool), starts, lengths,
+                   np.array(question_length, np.int32))  # fmt: skip
 
 
 def fitting(columns: Columns, tokenizer: Tokenizer, config: Config) -> tuple[Pairs, int]:
@@ -272,9 +265,8 @@ def fitting(columns: Columns, tokenizer: Tokenizer, config: Config) -> tuple[Pai
 def longest_path(lengths: np.ndarray, config: Config) -> np.ndarray:
     """(n,) the largest number of tokens that a token of the example sees, itself included."""
     layout = layout_of(config)
-    k = np.full(len(lengths), config.n_pred)
-    sizes = {TEXT: lengths[:, 0], CODE: lengths[:, 1], TARGET: lengths[:, 2], PRED: k,
-             AGAIN: lengths[:, 0]}  # fmt: skip
+    (text, code, target), k = lengths.T, np.full(len(lengths), config.n_pred)
+    sizes = {TEXT: text, CODE: code, TARGET: target, PRED: k, AGAIN: text}
 
     def path(b):
         return 0 if b is None else sizes[b] + path(layout.parents[b])
@@ -309,16 +301,17 @@ def code_view(code: str, answer_view: str) -> str:
 
 
 def step_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[Example]:
-    """Step-JEPA: text = question and the steps up to one, target = the next step alone, code = the
-    rest of the answer. Labels are the whole answer: an ordinary causal language model."""
+    """Step-JEPA: text = question and the steps up to the first one (steps_random: up to a random
+    one), target = the next step alone, code = the rest of the answer. Labels are the whole answer:
+    an ordinary causal language model."""
     pieces, has_pair = [], []
     for number, row in enumerate(rows, first):
         steps = split_steps(row["code"])
-        pairs = len(steps) - 1
-        has_pair.append(pairs > 0)
+        n_pairs = len(steps) - 1  # of neighbours
+        has_pair.append(n_pairs > 0)
         chosen = 0
-        if config.step_pair == "random" and pairs > 0:
-            chosen = int(np.random.default_rng((config.seed, number)).integers(pairs))
+        if config.views == "steps_random" and n_pairs > 0:
+            chosen = int(np.random.default_rng((config.seed, number)).integers(n_pairs))
         known, following = steps[: chosen + 1], steps[chosen + 1 : chosen + 2]
         rest = row["code"][len("".join(known)) :]
         pieces += [row["text"], "".join(known), rest, "".join(following).rstrip("\n")]
@@ -328,9 +321,9 @@ def step_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[E
     for system, question, known, rest, following, pair in zip(
         systems, *(ids[i::4] for i in range(4)), has_pair
     ):
-        asked = [*system, *question, tokenizer.sep]
+        question = [*system, *question, tokenizer.sep]
         target = [*system, *following, tokenizer.eot] if pair else []
-        examples.append(Example([*asked, *known], len(asked), [*rest, tokenizer.eot], target))
+        examples.append(Example([*question, *known], len(question), [*rest, tokenizer.eot], target))
     return examples
 
 

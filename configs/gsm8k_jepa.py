@@ -9,8 +9,8 @@ max_iters = 500
 batch_size = 16
 
 # Cosine alone collapses. `cross` pushes wrong pairs to cosine 0 and leaves the right ones alone;
-# both weights grow from 0, and half of the steps skip JEPA, which halves its cost. The search is
-# in LOG.md.
+# both weights grow from 0, and half of the steps skip JEPA, which halves its cost. The
+# search: log/.
 n_pred = 1
 jepa_loss = "cosine"
 jepa_weight = 0.3

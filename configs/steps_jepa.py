@@ -1,8 +1,7 @@
 # Step-JEPA: predict the next step of a worked answer from the question and the steps so far. GSM8K
 # where it can be had, else word problems.
 dataset = "gsm8k"
-views = "steps"
-step_pair = "random"
+views = "steps_random"  # of two neighbouring steps, a random pair
 tokenizer = "bpe"
 n_layer = 4
 n_head = 4

@@ -1,5 +1,6 @@
 # Views from running text: a block's second half is predicted from its first. Any text file with
-# --dataset=path.txt; without one, the word problems run together.
+# --dataset=path.txt; without one, the word problems run together. On that built-in text the views
+# do not align: a block's second half is mostly other problems than its first.
 dataset = "word_problems"
 views = "split"
 jepa_split = 0.5

@@ -15,7 +15,7 @@ a line ([A-Z])&(dog) matches nothing, and .*(~(dog)).* everything.
 import functools
 import zlib
 
-from synthetic import Draw
+from generators.word_problems import Draw
 
 # ---- the grammar -----------------------------------------------------------------------------
 # A regex with slots A, B, C and the number N, then its phrasings. Slots of the code stand in
@@ -103,12 +103,6 @@ def depth(code: str) -> int:
     return deepest
 
 
-def is_python(code: str) -> bool:
-    """Whether a regex does without & and ~, which Python's re takes for plain characters. Such a
-    code compiles, and re.fullmatch finds the lines that its text describes."""
-    return "&" not in code and "~" not in code
-
-
 # ---- growing a row ---------------------------------------------------------------------------
 # thing, predicate and line return (regex, text), exactly d rules deep.
 
@@ -173,10 +167,11 @@ def regex_pairs(
 ) -> list[dict[str, str]]:
     """n_rows rows {"text", "code"} of a split: "train", "val" or "test".
 
-    "lines that ..." and the regex for such lines; no text occurs twice. Rows with is_python(code)
-    compile with Python's re. Splits share no regex: of all regexes 8 in 10 are train's, 1 in 10
-    is val's and 1 in 10 test's. With by_depth, test has all those that stack three rules, and
-    train (9 in 10) and val those that stack one or two: the parts are known, the whole is deeper.
+    "lines that ..." and the regex for such lines; no text occurs twice. Codes without & and ~,
+    which Python's re takes for plain characters, are regexes of Python too. Splits share no regex:
+    of all regexes 8 in 10 are train's, 1 in 10 is val's and 1 in 10 test's. With by_depth, test has
+    all those that stack three rules, and train (9 in 10) and val those that stack one or two: the
+    parts are known, the whole is deeper.
 
     The same arguments give the same rows on every machine, and more rows begin with the same
     rows as fewer. Raises ValueError for an unknown split, a negative n_rows, or more rows than
@@ -197,3 +192,10 @@ def regex_pairs(
         elif (misses := misses + 1) == PATIENCE:
             raise ValueError(f"n_rows is {n_rows}: no more than {len(rows)} different rows found")
     return rows
+
+
+def regex_rows(name: str) -> dict[str, list[dict[str, str]]]:
+    """The data set "regex", or "regex_depth", whose test stacks more rules than train."""
+    sizes = {"train": 8000, "val": 512, "test": 1000}
+    return {split: regex_pairs(split, n, by_depth=name == "regex_depth")
+            for split, n in sizes.items()}  # fmt: skip

@@ -11,8 +11,25 @@ A row is five tokens: an entity has two, a relation one. Facts.words spells them
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Sizes(NamedTuple):
+    """How much a data set of facts holds."""
+
+    n_relations: int  # each with its inverse
+    n_train_entities: int  # of the facts that appear in both directions
+    n_atomic_entities: int  # of those in one direction, whose inverse is the held-out test
+    n_train_facts: int  # carry JEPA
+    n_atomic_facts: int  # carry none
+
+
+SIZES = {
+    "relations": Sizes(10, 500, 300, 3000, 900),  # for minutes on a laptop
+    "relations_full": Sizes(10, 50_000, 30_000, 300_000, 90_000),  # the original's
+}
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,35 @@ def relation_facts(
         "atomic": {"rows": atomic, "inverse": held_out},
         "held_out": {"rows": held_out, "inverse": atomic},
     }
+
+
+def relation_rows(name: str) -> dict[str, list[dict[str, str]]]:
+    """Facts as words. Trained on: train facts in both directions, each with its inverse to predict,
+    and atomic facts in one, with none. Held out: the atomic facts' inverses, half each for val and
+    test; there the fact to predict from is the inverse, and the target the trained fact."""
+    ids, facts = facts_of(name)
+    words = ids.words()
+
+    def join(ids):
+        return "".join(words[i] for i in ids)
+
+    def rows(split, with_target):
+        inverses = facts[split]["inverse"] if with_target else [[]] * len(facts[split]["rows"])
+        return [
+            {"text": join(fact[:3]), "code": join(fact[3:]), "target": join(inverse)}
+            for fact, inverse in zip(facts[split]["rows"], inverses)
+        ]  # fmt: skip
+
+    held_out = rows("held_out", True)
+    return {"train": rows("train", True) + rows("atomic", False),
+            "val": held_out[::2], "test": held_out[1::2]}  # fmt: skip
+
+
+def facts_of(name: str) -> tuple[Facts, dict[str, dict[str, np.ndarray]]]:
+    """The token ids and the facts of a data set of relations, the same for every seed."""
+    sizes = SIZES[name]
+    n_entities = sizes.n_train_entities + sizes.n_atomic_entities
+    return Facts(sizes.n_relations, n_entities), relation_facts(*sizes, seed=0)
 
 
 def reversal_metrics(

@@ -1,6 +1,6 @@
 """How fast is it, on this machine, and against what?
 
-    python bench.py [RECIPE] [--key=value ...] [--parts=training,generation,...]
+    python -m lab.bench [RECIPE] [--key=value ...] [--parts=training,generation,...]
 
 training    a JEPA step over a plain one; against nanoGPT's step and the official two-row one
 generation  against recomputing every token, and against transformers on the same weights
@@ -18,32 +18,35 @@ import json
 import os
 import platform
 import random
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from config import Config, fail, find_recipe, load_config
+from config import Config, fail, find_recipe, load_config, parse_args
 from data import Data, jsonl_files, load_data
-from model import GPT, PAD
-from peers import (
+from generate import generate
+from jepa import OBJECTIVES
+from lab.peers import (
     as_transformers,
     generate_theirs,
     nanogpt_step,
     official_step,
     transformers,
-    update,
 )
-from run import exit_quietly, pick_device, versions
-from train import forward_backward, make_optimizer
+from model import PAD, Trunk, block_causal_mask
+from plumbing.files import write_json, write_lines
+from plumbing.processes import ROOT, Processes, pick_device, run_main, versions
+from run import make_model
+from train import Training, make_optimizer, plan, train_step
 from views import CODE, TEXT, Pairs
 
 NO_TRANSFORMERS = "transformers is not installed: left out what is compared with it"
@@ -57,11 +60,22 @@ LENGTHS = (64, 128, 256, 512, 1024)
 BATCHES = (4, 8, 32, 64)
 
 
+class Setup(NamedTuple):
+    """What every part measures with."""
+
+    config: Config
+    data: Data
+    device: torch.device
+    autocast: Callable
+    argv: list[str]  # what load_config made the config of
+
+
 def main(argv: list[str]) -> None:
     known = {"training": training, "generation": generation, "data": loading, "curves": curves,
              "profile": profile}
     if {"-h", "--help"} & set(argv):
-        print(f"--parts=a,b,...  of {', '.join(known)}; all by default. Beyond that, as train.py:")
+        usage = "python -m lab.bench [RECIPE] [--key=value ...] [--parts=a,b,...]"
+        parse_args(Config, ["--help"], f"{usage}\nparts: {', '.join(known)}; all by default")
     wanted = [arg.removeprefix("--parts=") for arg in argv if arg.startswith("--parts=")]
     parts = wanted[-1].split(",") if wanted else list(known)
     if set(parts) - set(known):
@@ -73,12 +87,10 @@ def main(argv: list[str]) -> None:
     about = {"config": asdict(config), "data": data.provenance, **machine(device), **versions()}
     print(f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, torch "
           f"{about['torch']}, transformers {about['transformers']}, commit {about['commit']}")
-    results = {}
+    path, results = Path("out/bench.json"), {}
     for part in parts:
-        results[part] = known[part](config, data, device, autocast, argv)
-        path = Path("out/bench.json")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({**about, "parts": results}, indent=1) + "\n")
+        results[part] = known[part](Setup(config, data, device, autocast, argv))
+        write_json(path, {**about, "parts": results})
     print(f"\nwrote {path}")
 
 
@@ -118,12 +130,17 @@ def take_turns(arms: Arms, steps: list[int], device: torch.device) -> dict[str, 
     seen = {name: [] for name in arms}
     for step in steps:
         for name, work in arms.items():
-            begin = time.perf_counter()
+            begin = now(device)
             tokens = work(step)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seen[name].append((time.perf_counter() - begin, tokens))
+            seen[name].append((now(device) - begin, tokens))
     return {name: np.array(rounds[1:]) for name, rounds in seen.items()}
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def quartiles_of(values) -> dict[str, float | list[float]]:
@@ -132,7 +149,10 @@ def quartiles_of(values) -> dict[str, float | list[float]]:
     return {"median": median, "quartiles": [low, high]}
 
 
-def shown(ratio: dict) -> str:
+def shown(ratio: dict | None) -> str:
+    """A ratio and its quartiles as text; nothing where there is none."""
+    if ratio is None:
+        return ""
     return f"{ratio['median']:.2f} ({ratio['quartiles'][0]:.2f}-{ratio['quartiles'][1]:.2f})"
 
 
@@ -141,82 +161,73 @@ def rate(rounds: np.ndarray) -> np.ndarray:
     return rounds[:, 1] / rounds[:, 0]
 
 
+# --- what is measured -------------------------------------------------------------------------
+
+
+def untrained(setup: Setup, config: Config) -> Trunk:
+    """A model of the config as training starts from it."""
+    torch.manual_seed(config.seed)
+    return make_model(config, setup.data.tokenizer.vocab_size).to(setup.device)
+
+
+def start_training(setup: Setup, config: Config) -> Training:
+    """An untrained model, ready for steps on the training pairs."""
+    model, pairs = untrained(setup, config), replace(setup.data.pairs["train"], config=config)
+    optimizer = make_optimizer(model, config)
+    return Training(pairs, model, model, None, optimizer, setup.autocast, Processes())
+
+
+def with_config(t: Training, config: Config) -> Training:
+    """The same model and optimizer, but steps by another config."""
+    return t._replace(pairs=replace(t.pairs, config=config))
+
+
 # --- training ---------------------------------------------------------------------------------
 
 
-def training(config: Config, data: Data, device, autocast, argv) -> dict:
-    pairs = data.pairs["train"]
-    V = data.tokenizer.vocab_size
-    half = replace(config, jepa_weight=config.jepa_weight or 1.0, jepa_dropout=0.5,
-                   jepa_dropout_per="batch", stop_grad=True)  # fmt: skip
-    variants = {
-        "CE only": replace(half, jepa_weight=0.0),
-        "JEPA": replace(half, jepa_dropout=0.0, stop_grad=False),
-        "JEPA, stop_grad": replace(half, jepa_dropout=0.0),
-        "JEPA, stop_grad, dropout .5": half,
-    }
-    torch.manual_seed(config.seed)
-    model = GPT(config, V, pairs.layout.parents).to(device)
-    optimizer = make_optimizer(model, config)
-    n_tokens = 0  # of our plain row, so that nanoGPT's steps can be made as large
+def training(setup: Setup) -> dict:
+    """Steps of our variants, then steps of the peers beside two of ours, on the same examples."""
+    config, device = setup.config, setup.device
+    t, variants = start_training(setup, config), variants_of(config)
+    done = {}  # tokens of each variant's latest step: nanoGPT's are made as large
 
-    def ours(variant):
-        own = replace(pairs, config=variant)
+    def ours(name):
+        own = with_config(t, variants[name])
 
         def step(number):
-            nonlocal n_tokens
-            _, n, _ = forward_backward(model, own, number, device, autocast)
-            update(model, optimizer, config)
-            n_tokens = n if variant is variants["CE only"] else n_tokens
-            return n
+            done[name] = train_step(own, number)["tokens"]
+            return done[name]
 
         return step
 
-    # Every other step carries JEPA under dropout .5, as half of all steps do.
-    own = replace(pairs, config=half)
-    carry, spare = [], []
-    for step in range(100):
-        (carry if own.with_jepa(own.batch(step), step, 0).any() else spare).append(step)
-    steps = [step for both in zip(carry, spare) for step in both]
-    arms: Arms = {name: ours(variant) for name, variant in variants.items()}
+    arms: Arms = {name: ours(name) for name in variants}
+    half = replace(t.pairs, config=variants["JEPA, stop_grad, dropout .5"])
+    steps = steps_by_turns(half)
     rounds = take_turns(arms, [steps[-1], *steps[:ROUNDS]], device)
 
     against: Arms = {name: arms[name] for name in ("CE only", "JEPA")}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        against[f"nanoGPT, {name}"] = nanogpt_step(pairs, config, lambda: n_tokens, device, dtype)
+        against[f"nanoGPT, {name}"] = nanogpt_step(
+            t.pairs, config, lambda: done["CE only"], device, dtype
+        )
         if transformers and config.views == "pairs":
             against[f"official two rows, {name}"] = official_step(
-                pairs, variants["JEPA"], device, dtype
+                t.pairs, variants["JEPA"], device, dtype
             )
     peers = take_turns(against, [steps[-1], *steps[:SLOW_ROUNDS]], device)
 
     # nanoGPT has a label at every token, our rows at the answer's only: part of the difference.
-    lengths = pairs.lengths[np.concatenate([pairs.batch(step) for step in steps[:ROUNDS]])]
+    examples = np.concatenate([half.batch(step) for step in steps[:ROUNDS]])
+    lengths = half.lengths[examples]
     answers = lengths[:, CODE - 1].sum() / lengths[:, [TEXT - 1, CODE - 1]].sum()
-    results = {"rounds": ROUNDS, "share_of_answers": float(answers), "arms": {}, "ratios": {}}
-    base = rounds["CE only"][:, 0]
-    print(f"\ntraining, real (unpadded) tokens, {answers:.0%} of our plain row's in the answer")
-    print(f"{'':<30}{'ms a step':>10}{'tokens/s':>10}"
-          f"{'step over CE only':>22}")
-    for name, seen in {**peers, **rounds}.items():
-        seconds, over = seen[:, 0], None
-        if name in variants:
-            over = seconds / base
-            if name.endswith("dropout .5"):  # a step with JEPA and one without are one value
-                seconds = seconds.reshape(-1, 2).mean(1)
-                over = seconds / base.reshape(-1, 2).mean(1)
-            over = quartiles_of(over)
-        tokens_per_second = quartiles_of(rate(seen))
-        results["arms"][name] = {"ms": 1e3 * statistics.median(seconds), "over_ce_only": over,
-                                 "tokens_per_second": tokens_per_second}  # fmt: skip
-        print(f"{name:<30}{results['arms'][name]['ms']:>10,.0f}"
-              f"{tokens_per_second['median']:>10,.0f}{shown(over) if over else '':>22}")
-    for name, seen in peers.items():
-        ours_is = "CE only" if name.startswith("nanoGPT") else "JEPA"
-        if name not in variants:
-            ratio = quartiles_of(rate(peers[ours_is]) / rate(seen))
-            results["ratios"][f"{ours_is} over {name}"] = ratio
-            print(f"{ours_is} has {shown(ratio)} times the tokens/s of {name}")
+    seen = {**peers, **rounds}
+    results = {
+        "rounds": ROUNDS, "share_of_answers": float(answers),
+        "arms": {name: arm_result(name, seen[name], rounds) for name in seen},
+        "ratios": {f"{ours_is} over {peer}": quartiles_of(rate(peers[ours_is]) / rate(peers[peer]))
+                   for peer, ours_is in compared(peers)},
+    }  # fmt: skip
+    print_training(results, compared(peers))
     if not transformers:
         print(NO_TRANSFORMERS)
     elif config.views != "pairs":
@@ -224,64 +235,136 @@ def training(config: Config, data: Data, device, autocast, argv) -> dict:
     return results
 
 
+def variants_of(config: Config) -> dict[str, Config]:
+    """The steps of ours that are measured; one model takes them all, so none has an average."""
+    half = replace(config, jepa_weight=config.jepa_weight or 1.0, jepa_dropout=0.5,
+                   jepa_dropout_per="batch", stop_grad=True, ema=0.0)  # fmt: skip
+    return {
+        "CE only": replace(half, jepa_weight=0.0),
+        "JEPA": replace(half, jepa_dropout=0.0, stop_grad=False),
+        "JEPA, stop_grad": replace(half, jepa_dropout=0.0),
+        "JEPA, stop_grad, dropout .5": half,
+    }
+
+
+def steps_by_turns(pairs: Pairs) -> list[int]:
+    """Numbers of steps, by turns one that carries JEPA and one that dropout .5 has spared it: half
+    of all steps are of either kind."""
+    carry, spare = [], []
+    for step in range(100):
+        (carry if pairs.with_jepa(pairs.batch(step), step, 0).any() else spare).append(step)
+    return [step for both in zip(carry, spare) for step in both]
+
+
+def compared(peers: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+    """The name of each peer, and of the step of ours that it is compared with."""
+    return [(name, "CE only" if name.startswith("nanoGPT") else "JEPA")
+            for name in peers if name not in ("CE only", "JEPA")]  # fmt: skip
+
+
+def arm_result(name: str, seen: np.ndarray, rounds: dict[str, np.ndarray]) -> dict:
+    """Milliseconds and speed of one arm; for ours, in `rounds`, the time over a CE-only step."""
+    seconds, over = seen[:, 0], None
+    if name in rounds:
+        base = rounds["CE only"][:, 0]
+        if name.endswith("dropout .5"):  # a step with JEPA and one without are one value
+            seconds, base = (values.reshape(-1, 2).mean(1) for values in (seconds, base))
+        over = quartiles_of(seconds / base)
+    return {"ms": 1e3 * statistics.median(seconds), "over_ce_only": over,
+            "tokens_per_second": quartiles_of(rate(seen))}  # fmt: skip
+
+
+def print_training(results: dict, compared: list[tuple[str, str]]) -> None:
+    print(f"\ntraining, real (unpadded) tokens, {results['share_of_answers']:.0%} of our plain "
+          f"row's in the answer\n{'':<30}{'ms a step':>10}{'tokens/s':>10}"
+          f"{'step over CE only':>22}")  # fmt: skip
+    for name, arm in results["arms"].items():
+        print(f"{name:<30}{arm['ms']:>10,.0f}{arm['tokens_per_second']['median']:>10,.0f}"
+              f"{shown(arm['over_ce_only']):>22}")
+    for name, ours_is in compared:
+        ratio = results["ratios"][f"{ours_is} over {name}"]
+        print(f"{ours_is} has {shown(ratio)} times the tokens/s of {name}")
+
+
 # --- generation -------------------------------------------------------------------------------
 
 
-def generation(config: Config, data: Data, device, autocast, argv) -> dict:
-    """Greedy, on untrained weights that never say end of text, so that all rows run to the end."""
-    eot, held_out = data.tokenizer.eot, data.pairs["val"]
+def generation(setup: Setup) -> dict:
+    """Greedy, on untrained weights; no token is an end of text, so that all rows run to the end."""
+    config, held_out = setup.config, setup.data.pairs["val"]
     room = config.block_size - NEW_TOKENS
-    torch.manual_seed(config.seed)
-    model = GPT(config, data.tokenizer.vocab_size, held_out.layout.parents).to(device).eval()
-    with torch.no_grad():
-        model.wte.weight[eot] = 0
-    prompts = [held_out.view(row, TEXT) for row in range(len(held_out))]
+    prompts = [held_out.view(example, TEXT) for example in range(len(held_out))]
     prompts = [prompt for prompt in prompts if len(prompt) <= room]
     if len(prompts) < 64:
         why = (f"left out: needs 64 held-out questions of at most {room} tokens (block_size less "
                f"{NEW_TOKENS}), got {len(prompts)}")
         print(f"\ngeneration {why}")
         return {"skipped": why}
+    model = untrained(setup, config).eval()
+    theirs = None
     if transformers:
-        theirs = as_transformers(model, config).to(dtype_of(autocast, device))
-
-    def ours(B, new_tokens=NEW_TOKENS, **options):
-        with autocast():
-            rows = model.generate(prompts[:B], new_tokens, eot, temperature=0, **options)
-        assert all(len(row) == new_tokens for row in rows)
-        return B * new_tokens
-
-    def uncached(B):
-        """Every eighth token, each the whole pass that it takes: all would be minutes."""
-        seen = range(4, NEW_TOKENS, 8)
-        for t in seen:
-            longer = [prompt + prompt[-1:] * t for prompt in prompts[:B]]
-            with autocast():
-                model.generate(longer, 1, eot, temperature=0, cached=False)
-        return B * len(seen)
+        dtype = dtype_of(setup.autocast, setup.device)
+        theirs = as_transformers(model, config).to(dtype)
 
     results = {"rounds": SLOW_ROUNDS, "new_tokens": NEW_TOKENS, "batches": {}}
-    print(f"\ngeneration, {NEW_TOKENS} new tokens a row, greedy, prompts of "
-          f"{min(map(len, prompts[:64]))} to {max(map(len, prompts[:64]))} tokens\n"
+    lengths = [len(prompt) for prompt in prompts[:64]]
+    print(f"\ngeneration, {NEW_TOKENS} new tokens a row, greedy, prompts of {min(lengths)} to "
+          f"{max(lengths)} tokens\n"
           f"{'batch':>5}  {'':<16}{'ms a step':>12}{'tokens/s':>10}{'ours is faster by':>22}")
     for B in (1, 16, 64):
-        arms: Arms = {"ours": lambda _, B=B: ours(B)}
-        if B != 16:
-            arms["without a cache"] = lambda _, B=B: uncached(B)
-        if transformers:
-            arms["transformers"] = lambda _, B=B: generate_theirs(
-                theirs, prompts[:B], NEW_TOKENS, eot).numel()
-        rounds = take_turns(arms, list(range(SLOW_ROUNDS + 1)), device)
+        arms = generation_arms(setup, model, theirs, prompts[:B])
+        if B == 16:
+            del arms["without a cache"]
+        rounds = take_turns(arms, list(range(SLOW_ROUNDS + 1)), setup.device)
         results["batches"][B] = {}
         for name, seen in rounds.items():
             rates = quartiles_of(rate(seen))
             faster = None if name == "ours" else quartiles_of(rate(rounds["ours"]) / rate(seen))
             results["batches"][B][name] = {"tokens_per_second": rates, "ours_is_faster_by": faster}
             print(f"{B:>5}  {name:<16}{1e3 * B / rates['median']:>12.1f}{rates['median']:>10,.0f}"
-                  f"{shown(faster) if faster else '':>22}")
+                  f"{shown(faster):>22}")
     if not transformers:
         print(NO_TRANSFORMERS)
     return results
+
+
+def generation_arms(setup: Setup, model: Trunk, theirs, prompts: list[list[int]]) -> Arms:
+    """Ways to continue these prompts by NEW_TOKENS each."""
+    B = len(prompts)
+
+    def ours(_):
+        with setup.autocast():  # the end of text is an id that cannot be drawn
+            rows = generate(model, prompts, NEW_TOKENS, eot=model.vocab_size)
+        assert all(len(row) == NEW_TOKENS for row in rows)
+        return B * NEW_TOKENS
+
+    def uncached(_):
+        """Every eighth token, each the whole pass that it takes: all would be minutes."""
+        seen = range(4, NEW_TOKENS, 8)
+        for t in seen:
+            with setup.autocast():
+                next_tokens(model, [prompt + prompt[-1:] * t for prompt in prompts])
+        return B * len(seen)
+
+    arms: Arms = {"ours": ours, "without a cache": uncached}
+    if theirs:
+        eot = setup.data.tokenizer.eot
+        arms["transformers"] = lambda _: generate_theirs(theirs, prompts, NEW_TOKENS, eot).numel()
+    return arms
+
+
+@torch.inference_mode()
+def next_tokens(trunk: Trunk, rows: list[list[int]]) -> torch.Tensor:
+    """The likeliest token after each row, by one pass over all of them without a cache: (B,)."""
+    device = trunk.device
+    length = torch.tensor([[len(row)] for row in rows], device=device)  # (B, 1)
+    tokens = [torch.tensor(row) for row in rows]
+    idx = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)  # (B, T)
+    columns = torch.arange(idx.size(1), device=device)
+    block = (columns < length).long()  # one block, the rest is padding: plainly causal
+    mask, position_ids = block_causal_mask(block, trunk.sees)
+    hidden = trunk.layers(trunk.embed(idx), position_ids, mask, read=columns == length - 1)
+    return trunk.logits(hidden).float().argmax(-1)
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -300,90 +383,96 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, l
 """
 
 
-def loading(config: Config, data: Data, device, autocast, argv) -> dict:
+def loading(setup: Setup) -> dict:
     """From a file to the first batch in fresh processes: cold, and warm with its tokens on disk.
     Then files of more and more pairs, 20 words each."""
-    argv = [arg if arg.startswith("--") else str(find_recipe(arg).resolve()) for arg in argv]
-    own = []  # a fresh process runs in another folder
-    if config.dataset.endswith((".jsonl", ".txt")):
-        own = [f"--dataset={Path(config.dataset).resolve()}"]
-    elif files := jsonl_files(config):
-        own = [f"--data_dir={files['train'].resolve().parent}"]
-    here = str(Path(__file__).resolve().parent)
-    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     results = {"rounds": SLOW_ROUNDS}
     print(f"\nfrom file to first batch{'':<8}{'training pairs':>16}{'cold, s':>10}{'warm, s':>10}"
           f"{'peak, MB':>12}{'warm':>8}")
+    argv, own = from_anywhere(setup)
     with tempfile.TemporaryDirectory() as folder:
-        sets = {data.provenance["dataset"]: own}
+        sets = {setup.data.provenance["dataset"]: own}
         for n in ROWS:
             sets[f"{n:,} pairs"] = [f"--dataset={make_pairs(Path(folder) / f'{n}.jsonl', n)}"]
         for name, options in sets.items():
-            seen = {"cold": [], "warm": []}
-            for _ in range(SLOW_ROUNDS):
-                shutil.rmtree(Path(folder) / "out", ignore_errors=True)
-                for rounds in seen.values():
-                    done = subprocess.run(
-                        [sys.executable, "-c", FRESH, *argv, *options], capture_output=True,
-                        text=True, cwd=folder, env={**os.environ, "PYTHONPATH": path},
-                    )  # fmt: skip
-                    if done.returncode:
-                        fail(f"a fresh process could not load: {done.stderr.strip()[-200:]}")
-                    seconds, peak, n_pairs = json.loads(done.stdout.splitlines()[-1])
-                    rounds.append((seconds, peak / (1e6 if sys.platform == "darwin" else 1e3)))
-            results[name] = {"pairs": n_pairs}
-            for state, rounds in seen.items():
-                seconds, megabytes = zip(*rounds)
-                results[name][state] = {"seconds": quartiles_of(seconds),
-                                        "MB": quartiles_of(megabytes)}  # fmt: skip
+            rounds = [load_twice([*argv, *options]) for _ in range(SLOW_ROUNDS)]
+            results[name] = {"pairs": rounds[0][0].pairs}
+            for state, loads in zip(("cold", "warm"), zip(*rounds)):
+                results[name][state] = {"seconds": quartiles_of(load.seconds for load in loads),
+                                        "MB": quartiles_of(load.megabytes for load in loads)}
             cold, warm = results[name]["cold"], results[name]["warm"]
-            print(f"{name:<32}{n_pairs:>16,}{cold['seconds']['median']:>10.2f}"
+            print(f"{name:<32}{results[name]['pairs']:>16,}{cold['seconds']['median']:>10.2f}"
                   f"{warm['seconds']['median']:>10.2f}{cold['MB']['median']:>12,.0f}"
                   f"{warm['MB']['median']:>8,.0f}")
     return results
+
+
+def from_anywhere(setup: Setup) -> tuple[list[str], list[str]]:
+    """The command line without relative paths, and an option that names the data by a whole one:
+    a fresh process runs in another folder."""
+    argv = [arg if arg.startswith("--") else str(find_recipe(arg).resolve()) for arg in setup.argv]
+    config = setup.config
+    if config.dataset.endswith((".jsonl", ".txt")):
+        return argv, [f"--dataset={Path(config.dataset).resolve()}"]
+    if files := jsonl_files(config):
+        return argv, [f"--data_dir={files['train'].resolve().parent}"]
+    return argv, []
+
+
+class Load(NamedTuple):
+    """What a fresh process took to its first batch."""
+
+    seconds: float
+    megabytes: float  # at its peak
+    pairs: int  # to train on
+
+
+def load_twice(argv: list[str]) -> list[Load]:
+    """Two fresh processes one after the other; the first finds no tokens on disk."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    loads = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            done = subprocess.run([sys.executable, "-c", FRESH, *argv], capture_output=True,
+                                  text=True, cwd=folder, env={**os.environ, "PYTHONPATH": path})
+            if done.returncode:
+                fail(f"a fresh process could not load: {done.stderr.strip()[-200:]}")
+            seconds, peak, n_pairs = json.loads(done.stdout.splitlines()[-1])
+            megabytes = peak / (1e6 if sys.platform == "darwin" else 1e3)
+            loads.append(Load(seconds, megabytes, n_pairs))
+    return loads
 
 
 def make_pairs(path: Path, n: int) -> Path:
     """A file of n pairs of made-up words, all different."""
     r = random.Random(0)
     words = [a + b for a in "bcdfghklmnprst" for b in ("ar", "en", "il", "od", "un", "ast", "ell")]
-    with open(path, "w") as file:
+
+    def rows() -> Iterator[dict[str, str]]:
         for i in range(n):
-            row = {"text": f"{' '.join(r.choices(words, k=12))} {i}",
+            yield {"text": f"{' '.join(r.choices(words, k=12))} {i}",
                    "code": f"{i} {' '.join(r.choices(words, k=8))}"}  # fmt: skip
-            file.write(json.dumps(row) + "\n")
+
+    write_lines(path, rows())
     return path
 
 
 # --- curves -----------------------------------------------------------------------------------
 
 
-def curves(config: Config, data: Data, device, autocast, argv) -> dict:
+def curves(setup: Setup) -> dict:
     """A step's time as rows grow longer and as there are more of them."""
-    V = data.tokenizer.vocab_size
+    config = replace(setup.config, block_size=max(LENGTHS) + setup.config.n_pred, dropout=0.0,
+                     gradient_accumulation_steps=1, jepa_dropout=0.0, ema=0.0)  # fmt: skip
+    t = start_training(setup, config)
+
+    def step_of(B, T):
+        own = t._replace(pairs=made_up(config, setup.data.tokenizer.vocab_size, B, T))
+        return lambda _: train_step(own, 0)["tokens"]
+
     shapes = [(TOKENS // T, T) for T in LENGTHS] + [(B, LENGTHS[1]) for B in BATCHES]
-    config = replace(config, block_size=max(LENGTHS) + config.n_pred, dropout=0.0,
-                     gradient_accumulation_steps=1, jepa_dropout=0.0)  # fmt: skip
-    torch.manual_seed(config.seed)
-    model = GPT(config, V, data.pairs["train"].layout.parents).to(device)
-    optimizer = make_optimizer(model, config)
-    arms: Arms = {}
-    for B, T in shapes:  # text and code are a half each
-        rng = np.random.default_rng(0)
-        half, starts = T // 2, np.arange(B)[:, None] * T
-        pairs = Pairs(
-            rng.integers(V, size=B * T, dtype=np.int32), np.ones(B * T, bool),
-            starts + np.array([0, half, half]), np.tile([half, T - half, T - half], (B, 1)),
-            np.full(B, half), replace(config, batch_size=B), V,
-        )  # fmt: skip
-
-        def step(_, pairs=pairs):
-            n_tokens = forward_backward(model, pairs, 0, device, autocast)[1]
-            update(model, optimizer, config)
-            return n_tokens
-
-        arms[f"{B} x {T}"] = step
-    rounds = take_turns(arms, list(range(SLOW_ROUNDS + 1)), device)
+    arms: Arms = {f"{B} x {T}": step_of(B, T) for B, T in shapes}
+    rounds = take_turns(arms, list(range(SLOW_ROUNDS + 1)), setup.device)
     results = {"rounds": SLOW_ROUNDS, "shapes": {}}
     print(f"\na step of rows x tokens of text and code{'ms':>12}{'us a token':>12}")
     for name, seen in rounds.items():
@@ -397,97 +486,141 @@ def curves(config: Config, data: Data, device, autocast, argv) -> dict:
     return results
 
 
+def made_up(config: Config, vocab_size: int, B: int, T: int) -> Pairs:
+    """One batch of B pairs of random tokens; text and code are a half of T each."""
+    half, starts = T // 2, np.arange(B)[:, None] * T
+    return Pairs(
+        np.random.default_rng(0).integers(vocab_size, size=B * T, dtype=np.int32),
+        np.ones(B * T, bool), starts + np.array([0, half, half]),
+        np.tile([half, T - half, T - half], (B, 1)), np.full(B, half),
+        replace(config, batch_size=B), vocab_size,
+    )  # fmt: skip
+
+
 # --- profile ----------------------------------------------------------------------------------
 
+PHASES = ("data", "trunk, forward", "output layer and loss, forward",
+          "output layer and loss, backward", "trunk, backward",
+          "clipping and optimizer")  # fmt: skip
 
-def profile(config: Config, data: Data, device, autocast, argv) -> dict:
-    """Seconds of a step's parts, by hooks on the model in the step that train.py runs."""
-    pairs = data.pairs["train"]
-    torch.manual_seed(config.seed)
-    model = GPT(config, data.tokenizer.vocab_size, pairs.layout.parents).to(device)
-    optimizer = make_optimizer(model, config)
-    stamps, n_labels = [], 0
 
-    def stamp(*_):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        stamps.append(time.perf_counter())
-
-    def at_output_layer(module, inputs):
-        nonlocal n_labels
-        stamp()
-        n_labels = len(inputs[0])
-        if inputs[0].requires_grad:  # called once its gradient, and the layer's weights', is done
-            inputs[0].register_hook(stamp)
-
-    model.register_forward_pre_hook(stamp)
-    model.register_forward_hook(stamp)
-    model.lm_head.register_forward_pre_hook(at_output_layer)
-    phases = ("data", "trunk, forward", "output layer and loss, forward",
-              "output layer and loss, backward", "trunk, backward", "clipping and optimizer")
-
+def profile(setup: Setup) -> dict:
+    """Seconds of the phases of train_step, by hooks on the model and on gradients."""
+    config, device = setup.config, setup.device
     # One batch packed into one row per example, or hooks would see two passes.
-    arms = {"CE only": dict(jepa_weight=0.0),
-            "JEPA": dict(jepa_weight=config.jepa_weight or 1.0, jepa_dropout=0.0, stop_grad=False,
-                         ema=0.0)}  # fmt: skip
-    arms = {name: replace(pairs, config=replace(config, gradient_accumulation_steps=1, **options))
-            for name, options in arms.items()}  # fmt: skip
-    dtype = dtype_of(autocast, device)
-    ceilings = {n: torch.randn(2, n, n, device=device).to(dtype).unbind() for n in (1024, 2048)}
-    seen, trunk_flops = {name: [] for name in arms}, {name: [] for name in arms}
+    once = replace(config, gradient_accumulation_steps=1, stop_grad=False, ema=0.0)
+    t = start_training(setup, config)
+    arms = {
+        "CE only": with_config(t, replace(once, jepa_weight=0.0)),
+        "JEPA": with_config(t, replace(once, jepa_weight=config.jepa_weight or 1.0,
+                                       jepa_dropout=0.0)),
+    }  # fmt: skip
+    stamps = stamped_phases(arms["CE only"])
+    dtype = dtype_of(setup.autocast, device)
+    matrices = [torch.randn(2, n, n, device=device).to(dtype) for n in (1024, 2048)]
+    seconds, flops = {name: [] for name in arms}, {name: [] for name in arms}
     ceiling = []
     for number in range(ROUNDS + 1):
-        for name, own in arms.items():
-            stamps.clear()
-            stamp()
-            *_, flops = forward_backward(model, own, number, device, autocast)
-            stamp()
-            update(model, optimizer, config)
-            stamp()
-            seen[name].append(np.diff(stamps))
-            # The output layer: three products of 2 C V operations a label.
-            trunk_flops[name].append(flops - 6 * model.lm_head.weight.numel() * n_labels)
-        best = 0.0
-        for n, (a, b) in ceilings.items():
-            for _ in range(3):
-                stamps.clear()
-                stamp()
-                a @ b
-                stamp()
-                best = max(best, 2 * n**3 / (stamps[1] - stamps[0]))
-        ceiling.append(best)
+        for name, arm in arms.items():
+            stamps[:] = [now(device)]
+            train_step(arm, number)
+            stamps.append(now(device))
+            assert len(stamps) == len(PHASES) + 1
+            seconds[name].append(np.diff(stamps))
+            flops[name].append(trunk_flops(arm, number))
+        ceiling.append(fastest_product(matrices, device))
 
-    results = {"rounds": ROUNDS, "ceiling_flops_per_second": quartiles_of(ceiling[1:]),
+    ceiling = np.array(ceiling[1:])  # the first round only warms up
+    results = {"rounds": ROUNDS, "ceiling_flops_per_second": quartiles_of(ceiling),
                "ceiling_dtype": str(dtype), "arms": {}}  # fmt: skip
-    for name, own in arms.items():
-        seconds = np.array(seen[name][1:])  # (rounds, phases)
-        assert seconds.shape[1] == len(phases)
-        speed = np.array(trunk_flops[name][1:]) / seconds[:, [1, 4]].sum(1)
-        blocks = own.layout.row if name == "JEPA" else own.layout.plain
-        batches = [own.pack(own.batch(i), blocks, name == "JEPA").block
-                   for i in range(len(own) // config.batch_size)]
-        padding = sum((b == PAD).sum().item() for b in batches) / sum(b.numel() for b in batches)
+    for name, arm in arms.items():
+        spent = np.array(seconds[name][1:])  # (rounds, phases)
+        speed = np.array(flops[name][1:]) / spent[:, [1, 4]].sum(1)
         results["arms"][name] = {
-            "seconds": {p: quartiles_of(s) for p, s in zip(phases, seconds.T)},
-            "share": {p: quartiles_of(s) for p, s in zip(phases, (seconds.T / seconds.sum(1)))},
-            "padding": padding, "trunk_flops_per_second": quartiles_of(speed),
-            "trunk_over_ceiling": quartiles_of(speed / np.array(ceiling[1:])),
+            "seconds": {p: quartiles_of(s) for p, s in zip(PHASES, spent.T)},
+            "share": {p: quartiles_of(s) for p, s in zip(PHASES, spent.T / spent.sum(1))},
+            "padding": padding(arm), "trunk_flops_per_second": quartiles_of(speed),
+            "trunk_over_ceiling": quartiles_of(speed / ceiling),
         }  # fmt: skip
-    print(f"\nwhere a step's time goes, ms (share)\n{'':<34}"
-          + "".join(f"{name:>18}" for name in arms))
-    for phase in phases:
-        cells = [f"{1e3 * a['seconds'][phase]['median']:,.0f} ({a['share'][phase]['median']:.1%})"
-                 for a in results["arms"].values()]
-        print(f"{phase:<34}" + "".join(f"{cell:>18}" for cell in cells))
-    for title, cell in (
-        ("padding, over an epoch", lambda a: f"{a['padding']:.1%}"),
-        ("trunk, GFLOP/s", lambda a: f"{a['trunk_flops_per_second']['median'] / 1e9:,.0f}"),
-        ("of the fastest matrix product", lambda a: shown(a["trunk_over_ceiling"])),
-    ):
-        print(f"{title:<34}" + "".join(f"{cell(a):>18}" for a in results["arms"].values()))
-    print(f"fastest matrix product, {dtype}: {statistics.median(ceiling[1:]) / 1e9:,.0f} GFLOP/s")
+    print_profile(results)
     return results
 
 
+def stamped_phases(t: Training) -> list[float]:
+    """A list to which each step of the model adds the times at which it goes from one of PHASES to
+    the next; the caller adds the step's begin and end."""
+    model, stamps = t.model, []
+    last, logits = last_gradient(t), model.logits
+
+    def stamp(*_):
+        stamps.append(now(model.device))
+
+    def stamped_logits(hidden):
+        stamp()
+        hidden.register_hook(stamp)  # called once its gradient, and the layer's weights', is done
+        return logits(hidden)
+
+    model.register_forward_pre_hook(stamp)
+    model.logits = stamped_logits
+    model.register_forward_hook(stamp)
+    last.register_post_accumulate_grad_hook(stamp)
+    return stamps
+
+
+def last_gradient(t: Training) -> torch.nn.Parameter:
+    """The parameter whose gradient comes last: with it, backward is over. Takes a step to see."""
+    order = []
+    hooks = [p.register_post_accumulate_grad_hook(order.append) for p in t.model.parameters()]
+    train_step(t, 0)
+    for hook in hooks:
+        hook.remove()
+    return order[-1]
+
+
+def trunk_flops(t: Training, step: int) -> int:
+    """Operations of a step but for its output layer, forward and backward."""
+    config, batch = t.pairs.config, plan(t, step, 0).batch
+    read = OBJECTIVES[config.objective].reads(batch.block, config) | (batch.targets != -1)
+    return 3 * t.model.flops(batch._replace(targets=None), read)
+
+
+def fastest_product(matrices: list[torch.Tensor], device: torch.device) -> float:
+    """Operations a second of the fastest of a few products of two matrices, (2, n, n) each."""
+    best = 0.0
+    for a, b in matrices:
+        for _ in range(3):
+            begin = now(device)
+            a @ b
+            best = max(best, 2 * len(a) ** 3 / (now(device) - begin))
+    return best
+
+
+def padding(t: Training) -> float:
+    """Share of an epoch's positions that hold no token."""
+    steps = range(len(t.pairs) // t.pairs.config.batch_size)
+    blocks = [plan(t, step, 0).batch.block for step in steps]
+    return sum((b == PAD).sum().item() for b in blocks) / sum(b.numel() for b in blocks)
+
+
+def print_profile(results: dict) -> None:
+    arms = results["arms"]
+    print("\nwhere a step's time goes, ms (share)")
+    print(f"{'':<34}" + "".join(f"{name:>18}" for name in arms))
+    rows = [
+        (phase, lambda arm, phase=phase: f"{1e3 * arm['seconds'][phase]['median']:,.0f} "
+                                         f"({arm['share'][phase]['median']:.1%})")
+        for phase in PHASES
+    ]  # fmt: skip
+    rows += [
+        ("padding, over an epoch", lambda arm: f"{arm['padding']:.1%}"),
+        ("trunk, GFLOP/s", lambda arm: f"{arm['trunk_flops_per_second']['median'] / 1e9:,.0f}"),
+        ("of the fastest matrix product", lambda arm: shown(arm["trunk_over_ceiling"])),
+    ]
+    for title, cell in rows:
+        print(f"{title:<34}" + "".join(f"{cell(arm):>18}" for arm in arms.values()))
+    ceiling = results["ceiling_flops_per_second"]["median"]
+    print(f"fastest matrix product, {results['ceiling_dtype']}: {ceiling / 1e9:,.0f} GFLOP/s")
+
+
 if __name__ == "__main__":
-    exit_quietly(main)
+    run_main(main)

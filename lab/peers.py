@@ -78,17 +78,17 @@ def official_step(pairs: Pairs, config: Config, device, dtype):
     optimizer = make_optimizer(model, config)
 
     def step(number):
-        rows = pairs.batch(number)
-        rows = rows[pairs.lengths[rows][:, [TEXT - 1, CODE - 1]].sum(1) + k <= T]
-        rows = rows[:EXAMPLES]
-        B = len(rows)
-        n_tokens = (pairs.pack(rows, pairs.layout.row).block != PAD).sum().item()
+        examples = pairs.batch(number)
+        fits = pairs.lengths[examples][:, [TEXT - 1, CODE - 1]].sum(1) + k <= T
+        examples = examples[fits][:EXAMPLES]
+        B = len(examples)
+        n_tokens = (pairs.pack(examples, pairs.layout.row).block != PAD).sum().item()
         idx = torch.zeros(2 * B, T, dtype=torch.long)
         labels = torch.full((2 * B, T), -100)
         mask = torch.full((2 * B, 1, T, T), -math.inf).triu(1)
         pred_at, enc_at = torch.empty(B, dtype=torch.long), torch.empty(B, dtype=torch.long)
-        for i, row in enumerate(rows):
-            q, a = pairs.view(row, TEXT), pairs.view(row, CODE)
+        for i, example in enumerate(examples):
+            q, a = pairs.view(example, TEXT), pairs.view(example, CODE)
             both = torch.tensor(q + a)
             idx[i, : len(both)] = both
             labels[i, len(q) : len(both)] = both[len(q) :]
@@ -138,7 +138,7 @@ def as_transformers(model: GPT, config: Config):
                 p.copy_(weights[name].T)
             else:
                 p.copy_(weights[name])
-    return theirs.to(model.wte.weight.device)
+    return theirs.to(model.device)
 
 
 def generate_theirs(theirs, prompts: list[list[int]], new_tokens: int, eot: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ GREY = "#a8a8a8"  # the untrained model
 VIEWS = (("Enc(text)", "#2a6f97"), ("Enc(code)", "#588157"), ("Pred(text)", "#c8553d"))
 N_SHOWN = 32  # pairs in the similarity matrix, and joined by lines in the plane
 
-Models = list[tuple[str, list[Any]]]
+Models = list[tuple[str, list[Any]]]  # a name, and an eval_alignment.Measured for every seed
 
 
 def draw_pairs(models: Models, table: list[list[str]], about: dict[str, Any]):

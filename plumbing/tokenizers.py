@@ -1,10 +1,15 @@
-"""Text to token ids and back: GPT-2's vocabulary without a download, or a small one of our own."""
+"""Text to token ids and back: GPT-2's vocabulary without a download, a small one made here, words.
+
+    Tokenizer                     what the rest of the project asks of one, whoever made it
+    load_tokenizer(name, dumped)  a stored one again
+"""
 
 import base64
 import hashlib
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import tiktoken
 import tiktoken.load
@@ -18,11 +23,29 @@ GPT2_PATTERN = (
 PATTERNS = {"gpt2": GPT2_PATTERN, "bpe": GPT2_PATTERN, "words": r" [^ ]+"}  # what a token may span
 
 
-class Tokenizer:
+class Tokenizer(Protocol):
+    """What views, data, generation and checkpoints need. User text never yields eot or sep."""
+
+    name: str
+    eot: int  # ends every code view, and is where Enc(code) is read; it stops generation
+    sep: int  # ends every text view
+    vocab_size: int  # V, rows of the model's token table; all ids lie below
+    sha256: str  # of the vocabulary
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without eot and sep; ValueError if the vocabulary lacks one."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids; eot, sep and [PRED] are left out."""
+
+    def dump(self) -> str:
+        """What `load_tokenizer` needs beside the name; empty if that is enough."""
+
+
+class RankTokenizer:
     """Byte-level BPE, or whole words, run by tiktoken, with two special tokens above the text's.
 
-    eot ends every code view (and is where Enc(code) is read); sep ends every text view. User text
-    never yields either. vocab_size is rounded up to a multiple of 64 for fast matrix products.
+    vocab_size is rounded up to a multiple of 64 for fast matrix products.
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int]):
@@ -33,25 +56,34 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding(
             name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special
         )
-        self.sha256 = hashlib.sha256(self.dump().encode()).hexdigest()
+        self.sha256 = hashlib.sha256(self.rank_lines().encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        if self.name == "words":
+            texts = ["".join(f" {word}" for word in text.split()) for text in texts]
+            for word in {f" {word}" for text in texts for word in text.split()}:
+                if word.encode() not in self.ranks:
+                    raise ValueError(f"no word{word} in the vocabulary")
         # tiktoken's own batches start a task per text: 1.2 times as long, 18 with short ones.
         return [self.bpe.encode_ordinary(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; special tokens are left out."""
         return self.bpe.decode([i for i in ids if i < self.eot])
 
     def dump(self) -> str:
+        return "" if self.name == "gpt2" else self.rank_lines()
+
+    def rank_lines(self) -> str:
         """The vocabulary as tiktoken's .bpe files have it: base64 token, rank, a line each."""
         return "".join(f"{base64.b64encode(t).decode()} {r}\n" for t, r in self.ranks.items())
 
-    @classmethod
-    def parse(cls, name: str, text: str) -> "Tokenizer":
-        """The inverse of `dump`."""
-        pairs = (line.split() for line in text.splitlines())
-        return cls(name, {base64.b64decode(token): int(rank) for token, rank in pairs})
+
+def load_tokenizer(name: str, dumped: str) -> Tokenizer:
+    """The tokenizer of that name, with what its `dump` gave."""
+    if name == "gpt2":
+        return gpt2_tokenizer()
+    pairs = (line.split() for line in dumped.splitlines())
+    return RankTokenizer(name, {base64.b64decode(token): int(rank) for token, rank in pairs})
 
 
 def gpt2_tokenizer() -> Tokenizer:
@@ -68,7 +100,7 @@ def gpt2_tokenizer() -> Tokenizer:
             vocab_bpe_hash=VOCAB_SHA256,
             encoder_json_hash=ENCODER_SHA256,
         )
-    return Tokenizer("gpt2", ranks)
+    return RankTokenizer("gpt2", ranks)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -78,9 +110,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - 2, pattern=GPT2_PATTERN)
-    return Tokenizer("bpe", {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    return RankTokenizer("bpe", ranks)
 
 
 def word_tokenizer(words: list[str]) -> Tokenizer:
     """A token for each of the words, which begin with a space; no others can be written."""
-    return Tokenizer("words", {word.encode(): rank for rank, word in enumerate(words)})
+    return RankTokenizer("words", {word.encode(): rank for rank, word in enumerate(words)})

@@ -59,7 +59,7 @@ def tiny_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = {"train": sums(100), "val": sums(20, 500)}
     monkeypatch.setattr(data, "load_rows", lambda config: (dict(rows), "sums", "test"))
-    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)  # half a second each
+    monkeypatch.setattr(train, "plot_losses", lambda folder: None)  # half a second each
 
     def run(**options):
         capsys.readouterr()

@@ -1,26 +1,31 @@
-"""Claims about data.py, tokenizer.py and the plain tree of views.py: sources, batches, rows."""
+"""Claims about data.py: where pairs come from, their splits, and what is said of them."""
 
 import hashlib
 import http.server
 import json
 import socket
+import sys
 import threading
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from conftest import error_line
+from conftest import error_line, sums
 
 import data
-from config import Config
-from data import as_pair, load_data, load_rows, read_jsonl
-from regexes import depth
-from synthetic import word_problems
-from views import CODE, PRED, TARGET, TEXT, Pairs, code_view, tokenize
+from config import Config, load_config
+from data import load_data, load_rows
+from generators.regexes import depth, regex_pairs
+from generators.word_problems import word_problems
+from plumbing.jsonl import as_pair
+from plumbing.tokenizers import train_tokenizer
+from views import CODE, TARGET, TEXT
 
-BATCHES = Config(batch_size=8, block_size=256)
-LANGUAGE_MODEL = (TEXT, CODE)
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Tokens of files are kept under out/."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -42,24 +47,7 @@ def connections(monkeypatch):
 
 @pytest.fixture(scope="module")
 def bpe():
-    return data.train_tokenizer([r["answer"] for r in word_problems("train", 200)], 512)
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    return data.gpt2_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def problems(bpe):
-    """1,001 word problems as Pairs: 125 batches an epoch, and one example left over."""
-    pairs, left_out = tokenized(word_problems("train", 1001), bpe, BATCHES)
-    assert left_out == 0
-    return pairs
-
-
-def tokenized(rows, tokenizer, config):
-    return tokenize([as_pair(row) for row in rows], tokenizer, config)
+    return train_tokenizer([r["answer"] for r in word_problems("train", 200)], 512)
 
 
 def write_jsonl(path, rows):
@@ -69,178 +57,16 @@ def write_jsonl(path, rows):
     return path
 
 
-# --- rows of blocks, drawn by hand ------------------------------------------------------------
-# Two pairs of tokens; 8 is the separator, 9 end of text, V = 10, so [PRED] is 10, 11, 12.
-#     1 2 8  |  3 4 9           5 8  |  6 9
+def fewer(monkeypatch, generator, part=10):
+    """Has a generator make one row of `part` for a data set. Returns what it was asked for."""
+    asked, module = {}, sys.modules[generator.__module__]
 
-Q, A, P, T, _ = TEXT, CODE, PRED, TARGET, 0
-NO = -1  # no label
+    def some(split, n, **options):
+        asked[split] = n
+        return generator(split, n // part, **options)
 
-
-def hand_made(**settings):
-    tokens = np.array([1, 2, 8, 3, 4, 9, 5, 8, 6, 9], np.int32)
-    is_label = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1, 1], bool) | (settings.get("labels") == "all")
-    return Pairs(tokens, is_label, np.array([[0, 3, 3], [6, 8, 8]]),
-                 np.array([[3, 3, 3], [2, 2, 2]]), np.array([3, 2]), Config(**settings),
-                 vocab_size=10)  # fmt: skip
-
-
-def drawn(rows):
-    """Rows as lists."""
-    return [t.tolist() for t in rows]
-
-
-@pytest.mark.parametrize("n_pred, blocks, idx, block, targets", [
-    (1, LANGUAGE_MODEL,
-     [[1, 2, 8, 3, 4, 9], [5, 8, 6, 9, 0, 0]],
-     [[Q, Q, Q, A, A, A], [Q, Q, A, A, _, _]],
-     [[NO, NO, 3, 4, 9, NO], [NO, 6, 9, NO, NO, NO]]),
-    (1, (TEXT, CODE, PRED),
-     [[1, 2, 8, 3, 4, 9, 10], [5, 8, 6, 9, 10, 0, 0]],
-     [[Q, Q, Q, A, A, A, P], [Q, Q, A, A, P, _, _]],
-     [[NO, NO, 3, 4, 9, NO, NO], [NO, 6, 9, NO, NO, NO, NO]]),
-    (3, (TEXT, CODE, PRED),
-     [[1, 2, 8, 3, 4, 9, 10, 11, 12], [5, 8, 6, 9, 10, 11, 12, 0, 0]],
-     [[Q, Q, Q, A, A, A, P, P, P], [Q, Q, A, A, P, P, P, _, _]],
-     [[NO, NO, 3, 4, 9, NO, NO, NO, NO], [NO, 6, 9, NO, NO, NO, NO, NO, NO]]),
-    (1, (TEXT, CODE, PRED, TARGET),
-     [[1, 2, 8, 3, 4, 9, 10, 3, 4, 9], [5, 8, 6, 9, 10, 6, 9, 0, 0, 0]],
-     [[Q, Q, Q, A, A, A, P, T, T, T], [Q, Q, A, A, P, T, T, _, _, _]],
-     [[NO, NO, 3, 4, 9, NO, NO, NO, NO, NO], [NO, 6, 9, NO, NO, NO, NO, NO, NO, NO]]),
-    (0, (TEXT, CODE, PRED, TARGET),
-     [[1, 2, 8, 3, 4, 9, 3, 4, 9], [5, 8, 6, 9, 6, 9, 0, 0, 0]],
-     [[Q, Q, Q, A, A, A, T, T, T], [Q, Q, A, A, T, T, _, _, _]],
-     [[NO, NO, 3, 4, 9, NO, NO, NO, NO], [NO, 6, 9, NO, NO, NO, NO, NO, NO]]),
-    (1, (TARGET,),
-     [[3, 4, 9], [6, 9, 0]],
-     [[T, T, T], [T, T, _]],
-     [[NO, NO, NO], [NO, NO, NO]]),
-])  # fmt: skip
-def test_rows_are_packed_as_drawn(n_pred, blocks, idx, block, targets):
-    """End of text is a label, or the model would never learn to stop; [PRED], padding and the
-    target carry none, and neither does the separator."""
-    rows = hand_made(n_pred=n_pred).pack(np.array([0, 1]), blocks)
-    assert drawn(rows) == [idx, block, targets]
-
-
-def test_labels_all_adds_the_question_and_nothing_else():
-    rows = hand_made(labels="all", n_pred=2).pack(np.array([0, 1]), (TEXT, CODE, PRED, TARGET))
-    assert drawn(rows)[2] == [[2, 8, 3, 4, 9, NO, NO, NO, NO, NO, NO],
-                              [8, 6, 9, NO, NO, NO, NO, NO, NO, NO, NO]]  # fmt: skip
-
-
-def test_rows_come_in_the_order_asked_for():
-    rows = hand_made().pack(np.array([1, 0, 1]), LANGUAGE_MODEL)
-    assert rows.idx[:, 0].tolist() == [5, 1, 5]
-    alone = hand_made().pack(np.array([1]), LANGUAGE_MODEL)
-    assert drawn(alone)[0] == [[5, 8, 6, 9]]  # a batch is as wide as its own longest row
-
-
-def test_real_token_zero_is_not_padding(gpt2):
-    """GPT-2's token 0 is "!": padding is known by its block, so "!" keeps its block and label."""
-    pairs, _ = tokenized([{"question": "!", "answer": "!!"}, {"question": "a", "answer": "!"}],
-                             gpt2, Config())  # fmt: skip
-    rows = pairs.pack(np.array([1]), LANGUAGE_MODEL)
-    assert drawn(rows) == [[[64, gpt2.sep, 0, gpt2.eot]], [[Q, Q, A, A]],
-                           [[NO, 0, gpt2.eot, NO]]]  # fmt: skip
-
-
-@pytest.mark.parametrize("answer_view, code", [
-    ("full", "He has 2+3 = <<2+3=5>>5.\n#### 5"), ("final", "5"),
-])  # fmt: skip
-def test_views_end_in_their_marks(answer_view, code, bpe):
-    row = {"question": "How many?", "answer": "He has 2+3 = <<2+3=5>>5.\n#### 5"}
-    pairs, left_out = tokenized([row], bpe, Config(answer_view=answer_view))
-    assert pairs.view(0, TEXT) == [*bpe.encode(["How many?"])[0], bpe.sep]
-    assert pairs.view(0, CODE) == [*bpe.encode([code])[0], bpe.eot]
-    assert left_out == 0
-
-
-def test_final_view_is_what_follows_the_last_marks():
-    assert code_view("#### 1\n#### 1,234 ", "final") == "1,234"
-    assert code_view("no marks", "final") == "no marks"
-
-
-@pytest.mark.parametrize("n_pred", [0, 1, 40])
-def test_too_long_examples_are_left_out_whole_and_counted(n_pred, bpe):
-    """A path is question + answer or question + [PRED], whichever is longer: exactly block_size
-    fits."""
-    rows = word_problems("train", 50)
-    full, _ = tokenized(rows, bpe, Config(block_size=10_000))
-    path = np.maximum(full.lengths[:, :2].sum(1), full.lengths[:, 0] + n_pred)
-    limit = sorted(path)[25]
-    pairs, left_out = tokenized(rows, bpe, Config(block_size=limit, n_pred=n_pred))
-    kept = np.flatnonzero(path <= limit)
-    assert 0 < left_out == 50 - len(kept)
-    assert [pairs.view(i, TEXT) + pairs.view(i, CODE) for i in range(len(pairs))] == [
-        full.view(i, TEXT) + full.view(i, CODE) for i in kept
-    ]
-
-
-# --- batches ----------------------------------------------------------------------------------
-
-
-def test_batches_are_a_pure_function_of_seed_and_step(problems):
-    steps = [0, 300, 3, 124, 125, 1, 300, 0]
-    jumping = [replace(problems).batch(s).tolist() for s in steps]
-    one_object = [problems.batch(s).tolist() for s in steps]
-    in_order = {s: problems.batch(s).tolist() for s in range(301)}
-    assert jumping == one_object == [in_order[s] for s in steps]
-
-
-def test_an_epoch_holds_every_example_at_most_once(problems):
-    B = BATCHES.batch_size
-    per_epoch = len(problems) // B
-    orders = []
-    for epoch in range(2):
-        order = np.concatenate(
-            [problems.batch(s) for s in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
-        )
-        assert len(order) == 1000
-        assert len(set(order.tolist())) == len(order)
-        assert order.min() >= 0 and order.max() < 1001
-        orders.append(order.tolist())
-    assert orders[0] != orders[1]
-    assert set(orders[0]) != set(orders[1])  # the one left over comes later
-
-
-def test_another_seed_gives_another_order(problems):
-    other = replace(problems, config=replace(BATCHES, seed=1))
-    assert problems.batch(0).tolist() != other.batch(0).tolist()
-
-
-@pytest.mark.parametrize("change", [
-    {"jepa_weight": 0.0}, {"jepa_weight": 4.0}, {"stop_grad": True}, {"n_pred": 0}, {"n_pred": 4},
-    {"jepa_dropout": 0.5}, {"jepa_loss": "mse"}, {"spread": "vicreg", "spread_weight": 0.1},
-    {"n_layer": 2}, {"labels": "all"}, {"max_iters": 9}, {"gradient_accumulation_steps": 4},
-])  # fmt: skip
-def test_batches_are_those_of_the_baseline(change, bpe):
-    """Two runs that differ in the objective see the same examples at the same step."""
-    rows = word_problems("train", 100)
-    config = Config(batch_size=4)
-    baseline, _ = tokenized(rows, bpe, config)
-    changed, _ = tokenized(rows, bpe, replace(config, **change))
-    for step in (0, 40):
-        assert changed.batch(step).tolist() == baseline.batch(step).tolist()
-
-
-@pytest.mark.parametrize("blocks", [LANGUAGE_MODEL, (TEXT, CODE, PRED, TARGET), (TARGET,)])
-def test_sorting_by_length_leaves_little_padding(blocks, gpt2):
-    """In rows of the language model, in full ones, and in those of a target on its own."""
-    pairs, _ = tokenized(word_problems("train", 4096), gpt2, Config(batch_size=16))
-    used, total = 0, 0
-    for step in range(len(pairs) // 16):
-        block = pairs.pack(pairs.batch(step), blocks).block
-        used += (block != 0).sum().item()
-        total += block.numel()
-    assert used > 0.95 * total
-
-
-def test_lengths_are_mixed_over_an_epoch(problems):
-    """Batches are sorted by length inside, not one after the other: no curriculum."""
-    per_epoch = len(problems) // BATCHES.batch_size
-    width = [problems.lengths[problems.batch(s)].sum(1).mean() for s in range(per_epoch)]
-    assert abs(np.corrcoef(np.arange(per_epoch), width)[0, 1]) < 0.2
+    monkeypatch.setattr(module, generator.__name__, some)
+    return asked
 
 
 # --- splits -----------------------------------------------------------------------------------
@@ -283,8 +109,15 @@ def test_a_subset_of_train_leaves_validation_as_it_is(tmp_path, bpe, capsys):
     assert "has 108 training rows" in error_line(capsys, load_data, many, bpe)
 
 
-def test_regexes_can_be_split_by_depth():
-    rows = data.load_rows(Config(dataset="regex", regex_split="depth"))[0]
+def test_regexes_can_be_split_by_depth(monkeypatch):
+    """As many rows either way, of which a tenth are drawn here."""
+    for name, by_depth in (("regex", False), ("regex_depth", True)):
+        asked = fewer(monkeypatch, regex_pairs)
+        rows, *about = load_rows(Config(dataset=name))
+        assert asked == {"train": 8000, "val": 512, "test": 1000}
+        assert about == [name, "generators/regexes.py"]
+        for split, some in rows.items():
+            assert some == regex_pairs(split, asked[split] // 10, by_depth=by_depth)
     deepest = {split: max(depth(row["code"]) for row in some) for split, some in rows.items()}
     assert deepest["train"] == deepest["val"] == 2
     assert {depth(row["code"]) for row in rows["test"]} == {3}
@@ -310,9 +143,11 @@ def test_provenance_tells_rows_and_checksums_of_what_was_read(tmp_path, bpe):
     assert json.loads(json.dumps(p)) == p  # plain types: it goes into checkpoints and results
 
 
-def test_generated_splits_are_of_gsm8k_size_and_separate():
-    rows = data.generated_rows()
-    assert {s: len(r) for s, r in rows.items()} == {"train": 7473, "val": 512, "test": 1319}
+def test_generated_splits_are_of_gsm8k_size_and_separate(monkeypatch):
+    asked = fewer(monkeypatch, word_problems)
+    rows, *about = load_rows(Config(dataset="word_problems"))
+    assert asked == {"train": 7473, "val": 512, "test": 1319} and list(rows) == list(asked)
+    assert about == ["word_problems", "generators/word_problems.py"]
     assert all(not {r["question"] for r in rows["train"]} & {r["question"] for r in rows[s]}
                for s in ("val", "test"))  # fmt: skip
 
@@ -339,58 +174,58 @@ def test_a_block_size_that_fits_nothing_is_one_line(tmp_path, bpe, capsys):
     assert "0 training pairs" in error_line(capsys, load_data, config, bpe)
 
 
-# --- tokenizers -------------------------------------------------------------------------------
+# --- what is said -----------------------------------------------------------------------------
 
-UNICODE = "Grüße, 世界! \u2028 e\u0301 👩‍👩‍👧 \x00\t\n  don't  1,234.50\r\n#### 7 "
-
-
-def test_gpt2_ids_are_the_published_ones(gpt2, connections):
-    assert gpt2.encode(["hello world", " Hello, World! 12345", "", "\n\n"]) == [
-        [31373, 995], [18435, 11, 2159, 0, 17031, 2231], [], [628],
-    ]  # fmt: skip
-    assert (gpt2.eot, gpt2.sep, gpt2.vocab_size) == (50256, 50257, 50304)
-    assert data.gpt2_tokenizer().sha256 == gpt2.sha256
-    assert connections == []
+HELD_OUT = "validation and test hold out whole kinds of problems: their loss stands far above"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bpe"])
-def test_any_text_comes_back(name, request):
-    tokenizer = request.getfixturevalue(name)
-    rows = [UNICODE, "", "a", *(row["answer"] for row in word_problems("val", 50))]
-    assert [tokenizer.decode(ids) for ids in tokenizer.encode(rows)] == rows
+def small(monkeypatch, rows):
+    """load_rows gives these; as a generator would, with a validation split of its own."""
+    monkeypatch.setattr(data, "load_rows", lambda config: (dict(rows), "sums", "test"))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bpe"])
-def test_no_text_yields_a_special_token(name, request):
-    tokenizer = request.getfixturevalue(name)
-    typed = "<|endoftext|> and <|sep|>"
-    [ids] = tokenizer.encode([typed])
-    assert max(ids) < tokenizer.eot < tokenizer.sep < tokenizer.vocab_size
-    assert tokenizer.decode([*ids, tokenizer.sep, tokenizer.eot]) == typed  # specials are silent
+def test_a_vocabulary_smaller_than_asked_for_is_said(monkeypatch, capsys):
+    small(monkeypatch, {"train": sums(100), "val": sums(20, 500)})
+    config = Config(tokenizer="bpe", bpe_vocab_size=8192, batch_size=4)
+    tokenizer = load_data(config).tokenizer
+    size = len(tokenizer.ranks) + 2  # without the table's padding, which nobody asked for
+    assert size < tokenizer.vocab_size
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("tokenizer ")]
+    assert f"bpe: {size} tokens, 8192 were asked for, but train has no more pairs" in line
+    load_data(replace(config, bpe_vocab_size=size))
+    assert "asked for" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bpe"])
-def test_dump_and_parse_are_inverse(name, request):
-    tokenizer = request.getfixturevalue(name)
-    again = data.Tokenizer.parse(name, tokenizer.dump())
-    assert again.ranks == tokenizer.ranks and again.sha256 == tokenizer.sha256
-    assert again.encode([UNICODE]) == tokenizer.encode([UNICODE])
+def test_a_tokenizer_that_has_a_size_of_its_own_is_not_said_to_be_small(capsys):
+    """20 relations and inverses, twice 29 symbols, two special tokens; 8192 is a bpe's size."""
+    load_data(Config(dataset="relations", views="facts", tokenizer="words"))
+    assert "tokenizer words: 80 tokens; train holds 34,500\n" in capsys.readouterr().out
 
 
-def test_bpe_has_the_size_asked_for_and_is_deterministic(connections):
-    lines = [row["question"] for row in word_problems("train", 200)]
-    first, second = (data.train_tokenizer(lines, 512) for _ in "12")
-    assert first.sha256 == second.sha256
-    assert (len(first.ranks), first.eot, first.sep, first.vocab_size) == (510, 510, 511, 512)
-    assert first.sha256 != data.train_tokenizer(lines[:100], 512).sha256
-    assert connections == []
+def test_it_is_said_that_word_problems_hold_out_whole_kinds(monkeypatch, bpe, capsys):
+    fewer(monkeypatch, word_problems, 100)
+    config = Config(dataset="word_problems", tokenizer="bpe")
+    load_data(config, bpe)
+    assert HELD_OUT in capsys.readouterr().out
+    monkeypatch.setattr(data, "hub_unreachable", lambda: "no hub here")
+    monkeypatch.setattr(data, "hub_rows", lambda *args, **kwargs: 1 / 0)
+    load_data(replace(config, dataset="gsm8k"), bpe)  # which falls back on them
+    assert HELD_OUT in capsys.readouterr().out
+    small(monkeypatch, {"train": sums(40), "val": sums(9, 500)})
+    load_data(config, bpe)  # by what was had, not by what was asked for
+    assert HELD_OUT not in capsys.readouterr().out
 
 
-def test_a_tiny_corpus_yields_fewer_tokens_and_still_works():
-    tokenizer = data.train_tokenizer(["ab ab"], 8192)
-    assert 256 < len(tokenizer.ranks) < 300
-    assert tokenizer.vocab_size == 320  # rounded up to a multiple of 64
-    assert tokenizer.decode(tokenizer.encode([UNICODE])[0]) == UNICODE
+def test_tokens_of_train_are_counted_and_long_examples_too(monkeypatch, bpe, capsys):
+    small(monkeypatch, {"train": sums(100), "val": sums(20, 500)})
+    pairs = load_data(Config(batch_size=4, block_size=40, tokenizer="bpe"), bpe).pairs
+    tokens = sum(len(pairs["train"].view(i, TEXT) + pairs["train"].view(i, CODE))
+                 for i in range(len(pairs["train"])))  # fmt: skip
+    out = capsys.readouterr().out
+    assert f"train holds {tokens:,}\n" in out
+    left_out = {"train": 100 - len(pairs["train"]), "val": 20 - len(pairs["val"])}
+    assert left_out["train"] > 0
+    assert f"left out as longer than block_size=40: {left_out}" in out
 
 
 # --- sources ----------------------------------------------------------------------------------
@@ -407,7 +242,7 @@ def hub(monkeypatch, tmp_path, connections):
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(data, "generated_rows", lambda: {"train": word_problems("train", 50)})
+    fewer(monkeypatch, word_problems, 100)
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -490,7 +325,8 @@ def test_a_local_file_wins_and_nothing_is_asked(hub, connections, load_calls, tm
 
 
 def test_word_problems_ask_nobody(hub, connections, load_calls):
-    assert load_rows(Config(dataset="word_problems"))[1:] == ("word_problems", "synthetic.py")
+    about = load_rows(Config(dataset="word_problems"))[1:]
+    assert about == ("word_problems", "generators/word_problems.py")
     assert connections == load_calls == []
 
 
@@ -536,8 +372,8 @@ def test_unreachable_hub_falls_back_with_a_notice_nobody_can_miss(hub, capsys):
     began = time.time()
     rows, name, source = load_rows(Config())
     assert time.time() - began < 5
-    assert rows["train"] == word_problems("train", 50)
-    assert (name, source) == ("word_problems", "synthetic.py")
+    assert rows["train"] == word_problems("train", 74)
+    assert (name, source) == ("word_problems", "generators/word_problems.py")
     printed = capsys.readouterr().out
     assert "NOT GSM8K" in printed and "*" * 60 in printed
     assert "data/gsm8k/train.jsonl" in printed and "--data_dir" in printed  # what to do
@@ -595,62 +431,46 @@ def test_flags_are_restored_when_nothing_is_cached(hub, monkeypatch):
     assert offline_flags() == (False, False)
 
 
-# --- JSONL ------------------------------------------------------------------------------------
-
-GOOD = '{"question": "q", "answer": "a"}'
-ROW = {"question": "q", "answer": "a"}
-BAD_LINES = {
-    "not JSON": "question: q", "cut short": GOOD[:-3], "no object": '["q", "a"]', "null": "null",
-    "a number": "3", "missing key": '{"question": "q"}', "other keys": '{"in": "q", "out": "a"}',
-    "not text": '{"question": "q", "answer": 5}', "null text": '{"question": null, "answer": "a"}',
-    "empty text": '{"question": "", "answer": "a"}', "blank": '{"question": "q", "answer": " "}',
-    "two rows": GOOD + GOOD,
-    "deeply nested": "[" * 100_000,
-    "half a character": '{"question": "\\ud83d", "answer": "a"}',
-}
+# --- files of pairs, and pairs that are made ---------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", BAD_LINES)
-def test_a_bad_line_is_named_or_counted(kind, tmp_path, capsys):
-    path = tmp_path / "train.jsonl"
-    path.write_text(f"{GOOD}\n\n{BAD_LINES[kind]}\n{GOOD}\n")  # a blank line counts as a line
-    line = error_line(capsys, read_jsonl, path, "error")
-    assert f"{path}:3: " in line and "--bad_lines=skip" in line
-    assert read_jsonl(path, "skip")[:] == [as_pair(ROW)] * 2
-    assert f"{path}: left out 1 bad lines, kept 2" in capsys.readouterr().out
+def shown(pairs, row, tokenizer):
+    return [tokenizer.decode(pairs.view(row, block)) for block in (TEXT, CODE, TARGET)]
 
 
-def test_a_file_in_another_encoding_is_named(tmp_path, capsys):
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(GOOD.encode() + b"\n" + GOOD.replace("q", "é").encode("latin-1"))
-    assert f"{path}:2: " in error_line(capsys, read_jsonl, path, "error")
+def test_a_jsonl_file_is_a_data_set(tmp_path, capsys):
+    forms = [
+        lambda i: {"question": f"q{i}?", "answer": f"a{i}", "id": i},
+        lambda i: {"text": f"q{i}?", "code": f"a{i}"},
+        lambda i: {"messages": [{"role": "system", "content": "s"},
+                                {"role": "user", "content": f"q{i}?"},
+                                {"role": "assistant", "content": f"a{i}"}]},
+    ]
+    path = write_jsonl(tmp_path / "mine.jsonl", [forms[i % 3](i) for i in range(60)])
+    config = load_config([f"--dataset={path}", "--tokenizer=bpe", "--bpe_vocab_size=320",
+                          "--system_prompt=drop"])  # fmt: skip
+    loaded = load_data(config)
+    assert {split: len(pairs) for split, pairs in loaded.pairs.items()} == {"train": 54, "val": 6}
+    found = []
+    for pairs in loaded.pairs.values():
+        for i in range(len(pairs)):
+            text, code, target = shown(pairs, i, loaded.tokenizer)
+            assert target == code
+            found.append((text, code))
+    assert sorted(found) == sorted((f"q{i}?", f"a{i}") for i in range(60))  # every row, once
+    p = loaded.provenance
+    assert (p["dataset"], p["source"], p["train_rows"], p["val_rows"]) == ("mine", str(path), 54, 6)
+    assert p["train_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"data mine from {path}: train 54, val 6 pairs" in capsys.readouterr().out
+    for bad in (tmp_path / "none.jsonl", "nosuch"):
+        config = Config(dataset=str(bad), tokenizer="bpe")
+        assert str(bad) in error_line(capsys, load_data, config)
 
 
-@pytest.mark.parametrize("text", ["", "\n \n", "nonsense\n"])
-def test_a_file_without_rows_is_one_line(text, tmp_path, capsys):
-    path = tmp_path / "train.jsonl"
-    path.write_text(text)
-    assert "holds no pair" in error_line(capsys, read_jsonl, path, "skip")
-
-
-def test_a_missing_file_or_a_folder_is_one_line(tmp_path, capsys):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        assert f"cannot read {path}" in error_line(capsys, read_jsonl, path, "error")
-
-
-@pytest.mark.parametrize("text", [
-    GOOD, f"{GOOD}\n", f"{GOOD}\r\n", f"\ufeff{GOOD}\n", f"\n{GOOD}\n\n",
-    '{"id": 7, "answer": "a", "question": "q", "more": [1]}\n',
-])  # fmt: skip
-def test_ways_to_write_a_good_file(text, tmp_path):
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(text.encode())
-    assert list(read_jsonl(path, "error")) == [as_pair(ROW)]
-
-
-def test_only_a_newline_ends_a_line(tmp_path):
-    """U+2028, U+0085 and form feed end a line for str.splitlines, not in JSONL."""
-    rows = [{"question": "a\u2028b\x85c", "answer": "d\u2029e\x0cf"}, ROW]
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
-    assert list(read_jsonl(path, "error")) == [as_pair(row) for row in rows]
+def test_regexes_are_a_data_set_with_three_splits(monkeypatch, bpe):
+    assert fewer(monkeypatch, regex_pairs, 100) == {}
+    loaded = load_data(Config(dataset="regex", tokenizer="bpe"), bpe)
+    assert {s: len(p) for s, p in loaded.pairs.items()} == {"train": 80, "val": 5, "test": 10}
+    row = regex_pairs("train", 1)[0]
+    assert shown(loaded.pairs["train"], 0, bpe) == [row["text"], row["code"], row["code"]]
+    assert loaded.scoring == "regex"

@@ -1,11 +1,13 @@
-"""Claims about eval_alignment.py and its figures, on tiny models trained by tiny_run (conftest)."""
+"""Claims about eval_alignment.py, on tiny models trained by tiny_run (conftest)."""
 
 import json
+import math
+import re
 import shutil
 import statistics
-import sys
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,23 +15,30 @@ import torch
 from conftest import TINY, error_line, sums
 
 import data
-import draw_alignment
 import eval_alignment
+from alignment import alignment, embed_pairs, verdict
 from config import load_config
+from data import Data
 from eval_alignment import (
     FIRST_TABLE,
     SECOND_TABLE,
+    Args,
     Measured,
     by_settings,
-    choose,
+    chosen_pairs,
+    collapse_panel,
     common_name,
-    encode_layers,
+    embed_layers,
     over_seeds,
     tables,
+    within_cosine,
 )
-from jepa import alignment, collapse_panel, cosines, verdict
-from model import GPT, block_causal_mask
-from run import encode_pairs, load_run, read_records
+from jepa import cosines
+from model import block_causal_mask
+from plumbing.files import read_records
+from plumbing.jsonl import as_pair
+from plumbing.tokenizers import train_tokenizer
+from run import load_run, make_model
 from views import CODE, TARGET, TEXT, tokenize
 
 CPU = torch.device("cpu")
@@ -38,17 +47,17 @@ ARGS = ["--device=cpu", "--dtype=float32"]
 
 @pytest.fixture(scope="module")
 def bpe():
-    return data.train_tokenizer([row["answer"] for row in sums(50)], 320)
+    return train_tokenizer([row["answer"] for row in sums(50)], 320)
 
 
 def pairs_of(bpe, n=20, **options):
     config = load_config(TINY + [f"--{key}={value}" for key, value in options.items()])
-    return tokenize([data.as_pair(row) for row in sums(n)], bpe, config)[0]
+    return tokenize([as_pair(row) for row in sums(n)], bpe, config)[0]
 
 
 def model_of(pairs):
     torch.manual_seed(0)
-    return GPT(pairs.config, pairs.vocab_size, pairs.layout.parents).eval()
+    return make_model(pairs.config, pairs.vocab_size).eval()
 
 
 def measured(name="a", seed=1, curve=(), views=None, **settings):
@@ -68,44 +77,45 @@ def measured(name="a", seed=1, curve=(), views=None, **settings):
 
 @pytest.mark.parametrize("options, text", [
     ({}, TEXT), ({"n_pred": 0}, TEXT), ({"n_pred": 3}, TEXT), ({"pooling": "mean"}, TEXT),
-    ({"layout": "plan"}, TEXT), ({"layout": "isolated"}, TEXT), ({"pred_place": "front"}, TEXT),
-    ({"direction": "reverse"}, TARGET),
+    ({"layout": "plan"}, TEXT), ({"layout": "isolated"}, TEXT), ({"layout": "front"}, TEXT),
+    ({"layout": "reverse"}, TARGET),
 ])  # fmt: skip
-def test_views_equal_encode_pairs_and_a_pass_over_the_view_alone(options, text, bpe):
+def test_views_equal_embed_pairs_and_a_pass_over_the_view_alone(options, text, bpe):
     pairs = pairs_of(bpe, **options)
     model = model_of(pairs)
-    ce, layers = encode_layers(model, pairs, CPU, torch.no_grad)
+    ce, layers = embed_layers(model, pairs, nullcontext)
     assert layers.shape == (3, 3, 20, 32)
-    expected, pred, target = encode_pairs(model, pairs, 20, CPU, torch.no_grad)
+    expected, pred, target = embed_pairs(model, pairs, 20, nullcontext)
     assert ce == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(layers[-1, 1], target)
     torch.testing.assert_close(layers[-1, 2], pred)
-    for row in range(20):
-        idx = torch.tensor([pairs.view(row, text)])
-        hidden = model.hidden(idx, torch.full_like(idx, TEXT))[0]
+    for example in range(20):
+        idx = torch.tensor([pairs.view(example, text)])
+        hidden = model.everywhere(idx, torch.full_like(idx, TEXT))[0]
         alone = hidden.mean(0) if "pooling" in options else hidden[-1]
-        torch.testing.assert_close(layers[-1, 0, row], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layers[-1, 0, example], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_equal_a_walk_through_the_model(bpe):
     pairs = pairs_of(bpe)
     model = model_of(pairs)
-    _, layers = encode_layers(model, pairs, CPU, torch.no_grad)
-    for row in (0, 7, 19):
+    _, layers = embed_layers(model, pairs, nullcontext)
+    for example in (0, 7, 19):
         for view, block in ((0, TEXT), (1, CODE)):
-            idx = torch.tensor([pairs.view(row, block)])
+            idx = torch.tensor([pairs.view(example, block)])
             mask, positions = block_causal_mask(torch.full_like(idx, TEXT), model.sees)
             x = model.wte(idx) + model.wpe(positions)
             for depth in range(3):
                 x = x if depth == 0 else model.h[depth - 1](x, mask)
                 read = model.ln_f(x)[0, -1]
-                torch.testing.assert_close(layers[depth, view, row], read, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    layers[depth, view, example], read, rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_is_left_without_hooks(bpe):
     pairs = pairs_of(bpe, n=2)
     model = model_of(pairs)
-    encode_layers(model, pairs, CPU, torch.no_grad)
+    embed_layers(model, pairs, nullcontext)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -113,28 +123,111 @@ def test_pairs_without_a_second_view_are_left_out(bpe):
     pairs = pairs_of(bpe)
     pairs.lengths[::2, TARGET - 1] = 0
     model = model_of(pairs)
-    ce, layers = encode_layers(model, pairs, CPU, torch.no_grad)
-    expected, pred, target = encode_pairs(model, pairs, 20, CPU, torch.no_grad)
+    ce, layers = embed_layers(model, pairs, nullcontext)
+    expected, pred, target = embed_pairs(model, pairs, 20, nullcontext)
     assert ce == pytest.approx(expected, rel=1e-5)
     assert layers.shape[2] == len(pred) == 10
     torch.testing.assert_close(layers[-1, 1:], torch.stack([target, pred]))
 
 
+def chosen(pairs, n, seed):
+    """The pairs that a run with this validation split is measured on."""
+    made = Data({"val": pairs}, None, {"source": "made"}, "string")
+    return chosen_pairs(made, Args(n_pairs=n, pairs_seed=seed))
+
+
 def test_pairs_seed_chooses_and_0_takes_the_first(bpe):
     pairs = pairs_of(bpe)
-    first = choose(pairs, 8, 0)
+    first = chosen(pairs, 8, 0)
     assert [first.view(i, TEXT) for i in range(8)] == [pairs.view(i, TEXT) for i in range(8)]
-    chosen = choose(pairs, 8, 3)
-    assert len(chosen) == 8 == len(np.unique(chosen.starts[:, 0]))
-    assert np.array_equal(chosen.starts, choose(pairs, 8, 3).starts)
-    assert not np.array_equal(chosen.starts, choose(pairs, 8, 4).starts)
-    assert not np.array_equal(chosen.starts, first.starts)
+    some = chosen(pairs, 8, 3)
+    assert len(some) == 8 == len(np.unique(some.starts[:, 0]))
+    assert np.array_equal(some.starts, chosen(pairs, 8, 3).starts)
+    assert not np.array_equal(some.starts, chosen(pairs, 8, 4).starts)
+    assert not np.array_equal(some.starts, first.starts)
     for i in range(8):  # every view still belongs to its example
-        [at] = np.flatnonzero(pairs.starts[:, 0] == chosen.starts[i, 0])
+        [at] = np.flatnonzero(pairs.starts[:, 0] == some.starts[i, 0])
         for block in (TEXT, CODE, TARGET):
-            assert chosen.view(i, block) == pairs.view(at, block)
-        assert chosen.asked[i] == pairs.asked[at]
-    assert len(choose(pairs, 99, 0)) == len(choose(pairs, 99, 5)) == 20
+            assert some.view(i, block) == pairs.view(at, block)
+        assert some.question_length[i] == pairs.question_length[at]
+    assert len(chosen(pairs, 99, 0)) == len(chosen(pairs, 99, 5)) == 20
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_chosen_pairs_know_which_rows_they_were_made_of(seed, bpe):
+    """Also where rows before them were left out."""
+    rows = [as_pair(row) for row in sums(20)]
+    rows[2] = {**rows[2], "text": "Too long? " * 40}
+    config = load_config(TINY)
+    pairs, left_out = tokenize(rows, bpe, config)
+    assert (len(pairs), left_out) == (19, 1)
+    some = chosen(pairs, 8, seed)
+    assert len(some.source_row) == 8 == len(set(some.source_row.tolist()))
+    for example, row in enumerate(some.source_row):
+        assert bpe.decode(some.view(example, TEXT)) == rows[row]["text"]
+        assert bpe.decode(some.view(example, CODE)) == rows[row]["code"]
+
+
+def test_fewer_than_two_pairs_are_one_line(bpe, capsys):
+    pairs = pairs_of(bpe)
+    pairs.lengths[1:, TARGET - 1] = 0
+    assert "made has fewer than 2 val pairs" in error_line(capsys, chosen, pairs, 20, 0)
+    none = Data({"val": pairs}, None, {"source": "made"}, "string")
+    line = error_line(capsys, chosen_pairs, none, Args(split="test"))
+    assert "made has fewer than 2 test pairs" in line
+
+
+# --- the collapse panel -------------------------------------------------------------------------
+
+
+def rotation(C):
+    return torch.linalg.qr(torch.randn(C, C))[0]
+
+
+@pytest.mark.parametrize("x, expected", [
+    (torch.eye(5), 0), (torch.ones(5, 3), 1), (torch.tensor([[1.0, 0], [1, 1]]), math.sqrt(0.5)),
+    # u, u, -u, -u: of the 6 pairs 2 agree and 4 do not
+    (torch.tensor([[1.0], [2], [-1], [-3]]) * torch.ones(1, 4), -1 / 3),
+])  # fmt: skip
+def test_within_cosine_equals_hand_computed_values(x, expected):
+    assert within_cosine(x) == pytest.approx(expected, abs=1e-6)
+
+
+def test_panel_of_views_that_a_rotation_joins():
+    text = torch.randn(400, 16)
+    code = text @ rotation(16)
+    panel = collapse_panel(code, text, code)
+    assert panel["matched"] == panel["retrieval_at_1"] == panel["mean_rank"] == pytest.approx(1)
+    assert (panel["linear_r2"], panel["linear_r2_flaw"]) == (pytest.approx(1, abs=1e-4), "")
+    assert panel["linear_r2_shuffled"] == pytest.approx(0, abs=0.03)
+    for key in ("within_pred", "within_target", "mismatched"):
+        assert panel[key] == pytest.approx(0, abs=0.02)
+    assert 15 < panel["effective_rank_pred"] == pytest.approx(panel["effective_rank_target"])
+    same = collapse_panel(text, text, text)
+    assert max(same["singular_values"]) < 1e-4 < 1 < min(same["singular_values_shuffled"])
+    assert verdict(panel) == verdict(same) == "aligned"
+
+
+def test_panel_of_shuffled_views_finds_nothing():
+    text = torch.randn(400, 16)
+    code = text[torch.randperm(400)]
+    panel = collapse_panel(text, text, code)
+    for key in ("matched", "mismatched", "linear_r2", "linear_r2_shuffled"):
+        assert panel[key] == pytest.approx(0, abs=0.05)
+    assert panel["retrieval_at_1"] < 0.03 and panel["mean_rank"] == pytest.approx(200, abs=30)
+    right, wrong = panel["singular_values"], panel["singular_values_shuffled"]
+    assert right == pytest.approx(wrong, rel=0.1)
+
+
+def test_no_measure_of_the_panel_praises_a_point():
+    """Cosine, singular values and any fit to the data would."""
+    point = torch.randn(1, 16).expand(64, 16)
+    panel = collapse_panel(point, point, point)
+    assert panel["singular_values"] == panel["singular_values_shuffled"]
+    assert max(panel["singular_values"]) < 1e-4
+    assert panel["within_pred"] == panel["within_target"] == pytest.approx(1)
+    assert panel["linear_r2"] == panel["linear_r2_shuffled"] == panel["retrieval_at_1"] == 0
+    assert panel["linear_r2_flaw"] == "point" and verdict(panel) == "collapsed"
 
 
 # --- seeds ------------------------------------------------------------------------------------
@@ -202,7 +295,7 @@ def test_the_command_measures_every_run_beside_an_untrained_model(tiny_run, tmp_
             assert m[key] == pytest.approx(last[f"val_{key}"], abs=1e-5)
         run = load_run(Path("out", m["name"]), CPU)
         pairs = data.load_data(run.config, run.tokenizer).pairs["val"]
-        _, pred, target = encode_pairs(run.model, pairs, 16, CPU, torch.no_grad)
+        _, pred, target = embed_pairs(run.model, pairs, 16, nullcontext)
         assert m["effective_rank_pred"] == pytest.approx(
             alignment(pred, target)["effective_rank_pred"], rel=1e-4)  # fmt: skip
         for key, by_layer in m["layers"].items():
@@ -215,6 +308,8 @@ def test_the_command_measures_every_run_beside_an_untrained_model(tiny_run, tmp_
         assert (tmp_path / "out" / name).stat().st_size > 20_000
     lines = [line.split() for line in printed.splitlines()]
     shown = [line for line in lines if line and line[0] in ("w1", "w0", "untrained")]
+    # No time left is shown that has a sixtieth second.
+    assert not re.search(r"ETA \d+:[6-9]", printed)
     assert [line[:2] for line in shown] == 2 * [["w1", "2"], ["w0", "2"], ["untrained", "1"]]
 
 
@@ -265,90 +360,3 @@ def test_runs_on_other_data_are_not_compared(tiny_run, monkeypatch, capsys):
     monkeypatch.setattr(data, "load_rows", lambda config: (
         {"train": sums(90, 1000), "val": sums(20, 500)}, "sums", "test"))  # fmt: skip
     assert "other data" in error_line(capsys, eval_alignment.main, [*ARGS, "out/one"])
-
-
-# --- figures ----------------------------------------------------------------------------------
-
-ABOUT = {
-    "split": "val", "n_pairs": 24, "pairs_seed": 0, "commit": "abc", "torch": "2", "time": "now",
-    "data": {"dataset": "made", "source": "test", "train_sha256": "0" * 64, "tokenizer": "bpe"},
-}  # fmt: skip
-
-
-def record(step, value):
-    keys = ("ce", "matched", "mismatched", "retrieval_at_1")
-    return {"step": step, **{f"val_{key}": value for key in keys}}
-
-
-def test_curves_are_the_mean_over_seeds_at_the_steps_they_share():
-    group = [measured("a_s1", 1, [record(3, 0.2), record(6, 0.4), record(9, 0.1)]),
-             measured("a_s2", 2, [record(3, 0.4), record(6, 0.8)])]  # fmt: skip
-    models = [("a", group), ("untrained", [measured("untrained", 5)])]
-    figure = draw_alignment.draw_pairs(models, tables(models)[0], ABOUT)
-    axes = {axis.get_title(): axis for axis in figure.axes}
-    [ce] = axes["validation cross-entropy, nats per label"].lines
-    assert ce.get_xdata().tolist() == [3, 6] and ce.get_ydata() == pytest.approx([0.3, 0.6])
-    matched, _ = axes["cosine: matched (line), mismatched (dots)"].lines
-    floor = models[1][1][0].numbers["matched"]  # an untrained model is step 0 of every run
-    assert matched.get_ydata() == pytest.approx([floor, 0.3, 0.6])
-    [band] = axes["validation cross-entropy, nats per label"].collections
-    edges = band.get_datalim(band.axes.transData).intervaly
-    sd = statistics.stdev([0.4, 0.8])
-    assert edges == pytest.approx([0.3 - statistics.stdev([0.2, 0.4]), 0.6 + sd])
-    _, chance = axes["retrieval@1 (dashed: chance)"].lines
-    assert chance.get_ydata()[0] == 1 / 16  # of the pairs in training, not of those measured here
-
-
-@pytest.mark.parametrize("size", [0, 1e-8, 1])
-def test_both_pages_can_be_drawn_whatever_has_collapsed(size, tmp_path):
-    views = torch.ones(3, 24, 8) + size * torch.randn(3, 24, 8)
-    models = [("a", [measured("a", views=views)]), ("untrained", [measured()])]
-    first, second = tables(models)
-    draw_alignment.draw_pairs(models, first, ABOUT).savefig(tmp_path / "1.png")
-    draw_alignment.draw_panel(models, second, ABOUT).savefig(tmp_path / "2.png")
-
-
-def test_a_collapsed_model_is_a_dot_in_the_plane(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    point = torch.ones(3, 24, 8) + 1e-3 * torch.randn(3, 24, 8)
-    models = [("a", [measured("a", views=point)]), ("untrained", [measured("b", 2)])]
-    figure = draw_alignment.draw_panel(models, tables(models)[1], ABOUT)
-    dot, cloud = (axis for axis in figure.axes if "PCA" in axis.get_title())
-    assert dot.get_xlim() == cloud.get_xlim()
-    reach = [max(np.abs(c.get_offsets()).max() for c in axis.collections[1:])
-             for axis in (dot, cloud)]  # fmt: skip
-    assert reach[0] < 0.01 * reach[1]
-
-
-def test_tsne_is_drawn_where_scikit_learn_is_installed(monkeypatch):
-    models = [("untrained", [measured()])]
-
-    def titles():
-        figure = draw_alignment.draw_panel(models, tables(models)[1], ABOUT)
-        return [axis.get_title() for axis in figure.axes if axis.get_title().startswith("untr")]
-
-    class TSNE:
-        def __init__(self, perplexity, init, random_state):
-            assert 0 < perplexity < 3 * 24 and random_state == 0
-
-        def fit_transform(self, x):
-            norms = np.linalg.norm(x, axis=1)
-            assert x.shape == (3 * 24, 8) and np.allclose(norms, 1, atol=1e-5)
-            return x[:, :2]
-
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert titles() == ["untrained: PCA"]
-    package, manifold = ModuleType("sklearn"), ModuleType("sklearn.manifold")
-    manifold.TSNE = TSNE
-    monkeypatch.setitem(sys.modules, "sklearn", package)
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", manifold)
-    assert titles() == ["untrained: PCA", "untrained: t-SNE"]
-
-
-def test_principal_plane_keeps_distances_of_what_lies_in_a_plane():
-    points = torch.randn(30, 2) * torch.tensor([3.0, 1.0])
-    turned = points @ torch.linalg.qr(torch.randn(7, 2))[0].T + 5
-    plane = draw_alignment.principal_plane(turned)
-    torch.testing.assert_close(torch.cdist(plane, plane), torch.cdist(points, points),
-                               rtol=1e-3, atol=1e-3)  # fmt: skip
-    assert plane[:, 0].var() > plane[:, 1].var()

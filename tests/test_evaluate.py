@@ -1,21 +1,27 @@
-"""Scores, intervals and the evaluation of a whole split."""
+"""Claims about evaluate.py: a split is answered, once, and runs are compared on the same rows.
+
+And about what it takes from generate.py: answers and their scores."""
 
 import json
-import math
-from dataclasses import replace
+import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, error_line, sums
 
+import data
 import evaluate
+import generate
 import train
 from config import Config
-from evaluate import answer, best, judged, mcnemar, number, score, wilson
-from model import GPT
-from tokenizer import train_tokenizer
+from generate import Asking, answer, answer_shares, final_number, longest_answer, score, share_of
+from plumbing.tokenizers import train_tokenizer
 from views import tokenize
+
+# --- scores (of generate.py) ------------------------------------------------------------------
 
 NUMBERS = [
     ("5+3=8\n#### 8", 8), ("#### 1,234", 1234), ("#### $1,234,567", 1234567), ("#### -7", -7),
@@ -29,7 +35,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize("text, value", NUMBERS)
 def test_the_number_after_the_last_mark(text, value):
-    assert number(text) == (None if value is None else pytest.approx(value))
+    assert final_number(text) == (None if value is None else pytest.approx(value))
 
 
 @pytest.mark.parametrize("output, target, kind, exact, prefix", [
@@ -55,35 +61,19 @@ def test_another_spelling_of_a_regex_is_equivalent_but_not_exact():
     assert score("((((", "((((", "regex")["equivalent"]  # the very string
 
 
-def test_wilson_interval():
-    """Against the roots of its definition: |share - p| = z sqrt(p (1 - p) / n)."""
-    for count, n in ((0, 10), (3, 10), (10, 10), (500, 1319)):
-        for p in wilson(count, n):
-            gap = 1.959964 * math.sqrt(p * (1 - p) / n)
-            assert abs(count / n - p) == pytest.approx(gap, abs=1e-7)
-    assert wilson(0, 10)[0] == pytest.approx(0) and wilson(10, 10)[1] == pytest.approx(1)
-
-
-@pytest.mark.parametrize("only_a, only_b, p", [
-    (0, 0, 1), (5, 5, 1), (0, 5, 2 / 32), (5, 0, 2 / 32), (1, 9, 2 * 11 / 1024), (3, 4, 1),
-])  # fmt: skip
-def test_mcnemar_is_a_fair_coin(only_a, only_b, p):
-    assert mcnemar(only_a, only_b) == pytest.approx(p)
-
-
 # --- answers ----------------------------------------------------------------------------------
 
 
-class Oracle(torch.nn.Module):
-    """Answers every question from a list, or with nothing."""
+def oracle(monkeypatch, answers):
+    """A trunk that answers every question from a list, or with nothing."""
+    trunk = torch.nn.Module()
 
-    def __init__(self, answers):
-        super().__init__()
-        self.answers = answers
+    def generate_known(asked, prompts, max_new_tokens, eot, sampling=generate.GREEDY):
+        assert asked is trunk and not trunk.training and sampling.temperature == 0
+        return [answers.get(tuple(prompt), [eot])[:max_new_tokens] for prompt in prompts]
 
-    def generate(self, prompts, max_new_tokens, eot, temperature):
-        assert not self.training and temperature == 0
-        return [self.answers.get(tuple(prompt), [eot])[:max_new_tokens] for prompt in prompts]
+    monkeypatch.setattr(generate, "generate", generate_known)
+    return trunk
 
 
 def pairs_of(rows, **options):
@@ -96,73 +86,38 @@ def pairs_of(rows, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"views": "steps"}, {"layout": "plan"}])
-def test_an_oracle_scores_one_and_silence_nothing(options):
+def test_an_oracle_scores_one_and_silence_nothing(options, monkeypatch):
     rows = sums(20)
     pairs, tokenizer = pairs_of(rows, **options)
     known = {
-        tuple(pairs.prompt(i)): pairs.view(i, 1)[pairs.asked[i] :] + pairs.view(i, 2)
+        tuple(pairs.prompt(i)): pairs.view(i, 1)[pairs.question_length[i] :] + pairs.view(i, 2)
         for i in range(20)
     }
     for kind in ("number", "string"):
-        records = answer(Oracle(known), tokenizer, pairs, list(range(20)), 99, torch.no_grad, kind)
+        asking = Asking(oracle(monkeypatch, known), tokenizer, nullcontext, 99, kind)
+        records = answer(asking, pairs, list(range(20)))
+        assert asking.trunk.training  # as it was
         assert [r["target"] for r in records] == [row["answer"] for row in rows]
+        assert [r["prompt"] for r in records] == [row["question"] for row in rows]
         assert all(r["exact"] and r["prefix"] and r["stopped"] for r in records)
-        for r in answer(Oracle({}), tokenizer, pairs, [0, 7], 99, torch.no_grad, kind):
+        asking = asking._replace(max_new_tokens=longest_answer(pairs))  # which is just enough
+        assert answer_shares(asking, pairs, 20) == {"exact": 1, "prefix": 1, "stopped": 1}
+        silent = asking._replace(trunk=oracle(monkeypatch, {}))
+        for r in answer(silent, pairs, [0, 7]):
             assert (r["output"], r["exact"], r["prefix"], r["stopped"]) == ("", False, False, True)
-    cut = answer(Oracle(known), tokenizer, pairs, [3], 4, torch.no_grad, "string")[0]
+    cut = Asking(oracle(monkeypatch, known), tokenizer, nullcontext, 4, "string")
+    [cut] = answer(cut, pairs, [3])
     assert (cut["stop"], cut["stopped"], cut["exact"], cut["tokens"]) == ("length", False, False, 4)
 
 
-def a_model(pairs):
-    """Weights ten times the usual size, so that its answers differ."""
-    config = replace(pairs.config, n_layer=2, n_head=2, n_embd=32)
-    model = GPT(config, pairs.vocab_size, pairs.layout.parents).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(10 if p.dim() == 2 else 1)
-    return model
-
-
-@pytest.mark.parametrize("options", [{}, {"labels": "all"}, {"layout": "plan"}, {"n_pred": 3}])
-def test_answers_are_judged_as_each_one_is_alone(options):
-    """Against a row per answer without padding: its own softmax at every token, and both views."""
-    rows = [{**row, "system": "Add." * (i % 2)} for i, row in enumerate(sums(6))]
-    pairs, tokenizer = pairs_of(rows, **options)
-    model, k, V = a_model(pairs), pairs.config.n_pred, pairs.vocab_size
-    answers = [[*tokenizer.encode([text])[0], tokenizer.eot] for text in ("1", "5+3=8\n#### 8", "")]
-    of = [0, 0, 1, 2, 3, 3, 5]
-    answers = [answers[i % 3] for i in range(len(of))]
-    log_p, cosine = judged(model, pairs, of, answers)
-    for row, ids, p, cos in zip(of, answers, log_p, cosine):
-        prompt = pairs.prompt(row)
-        idx = torch.tensor([prompt + ids])
-        hidden = model.hidden(idx, torch.ones_like(idx))[0]
-        chances = model.lm_head(hidden).log_softmax(-1)
-        at = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
-        assert p == pytest.approx(sum(chances[i, t].item() for i, t in zip(at, ids)), abs=1e-3)
-        asked = torch.tensor([pairs.view(row, 1) + [V + i for i in range(k)]])
-        system = tokenizer.encode([rows[row]["system"] + "\n"])[0] if rows[row]["system"] else []
-        alone = torch.tensor([system + ids])
-        pred, enc = (model.hidden(view, torch.ones_like(view))[0, -1] for view in (asked, alone))
-        assert cos == pytest.approx(torch.cosine_similarity(pred, enc, dim=0).item(), abs=1e-4)
-
-
-@pytest.mark.parametrize("judge", [0.0, 1e6])
-def test_the_best_of_several_answers(judge):
-    """The likeliest, or the one nearest to the prediction, of those that ended by themselves."""
-    pairs, tokenizer = pairs_of(sums(4))
-    model, eot = a_model(pairs), tokenizer.eot
-    texts = ["#### 1", "#### 2", "#### 3", "#### 4", "1+1=2"]
-    ended = [[*ids, eot] for ids in tokenizer.encode(texts)]
-    rows = [2, 0] + [2] * 3 + [0] * 3
-    cut = [tokenizer.encode(["5"])[0]]
-    given = [cut[0], ended[0], *ended[1:4], *ended[3:], ended[0]]
-    chosen = best(model, pairs, rows, given, judge, eot)
-    for row, ids in zip((2, 0), chosen):
-        candidates = [a for r, a in zip(rows, given) if r == row and a[-1] == eot]
-        measures = judged(model, pairs, [row] * len(candidates), candidates)
-        assert ids == candidates[int(measures[bool(judge)].argmax())]
-    assert best(model, pairs, [1, 1], cut * 2, judge, eot) == cut  # none ended
+def test_shares_are_of_the_first_questions_whatever_order_they_are_asked_in(monkeypatch):
+    pairs, tokenizer = pairs_of(sums(20))
+    known = {tuple(pairs.prompt(i)): pairs.answer(i) for i in (0, 3, 19)}
+    asking = Asking(oracle(monkeypatch, known), tokenizer, nullcontext, 99, "string")
+    assert answer_shares(asking, pairs, 10) == {"exact": 0.2, "prefix": 0.2, "stopped": 1}
+    assert answer_shares(asking, pairs, 99)["exact"] == 3 / 20
+    assert answer_shares(asking, pairs, 0) == {}
+    assert share_of([{"exact": True}, {"exact": False}], "exact") == 0.5
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -241,15 +196,54 @@ def test_runs_are_compared_on_the_same_rows(trained, tiny_run, capsys):
     assert json.loads(Path("out/other/accuracy-val-first-10.json").read_text())["n"] == 10
 
 
-def test_runs_are_compared_by_one_rule(trained, tiny_run, capsys):
+def test_runs_are_compared_by_one_rule(trained, tiny_run, monkeypatch, capsys):
     """A file of pairs is scored by the first run's rule, however the others' data are scored."""
-    Path("gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(60)))
-    tiny_run(out_dir="out/other", dataset="gsm8k.jsonl", eval_pairs=6)  # by itself: number
+    rows = {"train": sums(100), "val": sums(20, 500)}
+    monkeypatch.setitem(data.SCORING, "numbers", "number")
+    monkeypatch.setattr(data, "load_rows", lambda config: (
+        dict(rows), "numbers" if config.seed == 2 else "sums", "test"))  # fmt: skip
+    tiny_run(out_dir="out/other", seed=2)
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(5, 900)))
-    run("out/tiny", "out/other", "--file=mine.jsonl")
-    for name in ("tiny", "other"):
-        about = json.loads(Path("out", name, "accuracy-mine.json").read_text())["provenance"]
-        assert about["score"] == "string"
+
+    def rules(*names):
+        run(*(f"out/{name}" for name in names), "--file=mine.jsonl")
+        found = [json.loads(Path("out", name, "accuracy-mine.json").read_text()) for name in names]
+        return [results["provenance"]["score"] for results in found]
+
+    assert rules("other") == ["number"]  # by itself
+    assert rules("tiny", "other") == ["string", "string"]
+
+
+def made(name, records, digest="same", n=4):
+    return {"run": name, "questions_sha256": digest, "n": n}, records
+
+
+def right(*rows, targets="abcd"):
+    return [{"row": i, "target": target, "exact": i in rows} for i, target in enumerate(targets)]
+
+
+def test_a_comparison_counts_where_only_one_is_right():
+    line = evaluate.comparison(made("a", right(0, 1)), made("b", right(1, 2, 3)))
+    assert line == ("b against a: right where it was wrong 2, wrong where it was right 1, "
+                    "McNemar p = 1")  # fmt: skip
+    # Rows that were too long for one of them are wrong there, and no other question.
+    line = evaluate.comparison(made("a", right(0, 1)[1:]), made("b", right(0, 1)))
+    assert "right where it was wrong 1, wrong where it was right 0" in line
+
+
+@pytest.mark.parametrize("other", [
+    made("b", right(0), digest="other"), made("b", right(0)[:3], n=3),
+    made("b", right(0, targets="abce")),  # as when one answers with the number alone
+])  # fmt: skip
+def test_runs_that_answered_other_questions_are_not_compared(other, capsys):
+    line = error_line(capsys, evaluate.comparison, made("a", right(0, 1)), other)
+    assert "b answered other questions than a" in line
+
+
+def test_runs_with_other_right_answers_are_not_compared(trained, tiny_run, capsys):
+    tiny_run(out_dir="out/other", answer_view="final")
+    line = error_line(capsys, run, "out/tiny", "out/other", "--n=3", "--max_new_tokens=2")
+    assert "other answered other questions than tiny" in line
 
 
 def test_a_file_of_pairs(trained, capsys):
@@ -314,7 +308,7 @@ def test_several_answers_to_each_question(trained, tiny_run, capsys):
     path = trained / "accuracy-val-best-of-4-judge-5.json"
     about = json.loads(path.read_text())["provenance"]
     assert (about["samples"], about["judge"], about["temperature"]) == (3, 5, 0.7)
-    tiny_run(jepa_weight=0, out_dir="out/plain")
+    tiny_run(jepa_weight=0, spread="none", spread_weight=0, out_dir="out/plain")
     capsys.readouterr()
     run("out/plain", "--samples=3", "--judge=5")
     assert "its cosines judge nothing" in capsys.readouterr().out
@@ -341,3 +335,40 @@ def test_training_logs_answers_when_asked(tiny_run):
     tiny_run()  # asking changed nothing else
     plain = torch.load("out/tiny/ckpt.pt")["model"]
     assert all(torch.equal(asked[k], plain[k]) for k in plain)
+
+
+def test_a_run_may_be_named_as_train_spells_it(trained, tiny_run, capsys):
+    """As --out_dir, alone or beside others; without a name it is the newest."""
+    tiny_run(out_dir="out/other", seed=2)
+    run("--out_dir=out/tiny", "--n=4", "--max_new_tokens=2")
+    assert (trained / "accuracy-val-first-4.json").exists()
+    assert not Path("out/other/accuracy-val-first-4.json").exists()
+    capsys.readouterr()
+    run("out/other", "--out_dir=out/tiny", "--n=4", "--max_new_tokens=2")
+    assert "tiny against other" in capsys.readouterr().out
+    run("--n=5", "--max_new_tokens=2")
+    assert Path("out/other/accuracy-val-first-5.json").exists()
+    assert "no checkpoint" in error_line(capsys, run, "--out_dir=out/none")
+
+
+@pytest.mark.parametrize("seconds, eta", [
+    (59.4, "0:59"), (59.7, "1:00"), (119.6, "2:00"), (60.2, "1:00"), (3599.9, "60:00"),
+])  # fmt: skip
+def test_the_time_left_has_no_sixtieth_second(seconds, eta, trained, monkeypatch, capsys):
+    """The first half of the questions takes `seconds`, and so will the other."""
+    times = iter([0.0, seconds, 2 * seconds])
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(time=lambda: next(times)))
+    run("--n=4", "--batch_size=2", "--max_new_tokens=1")
+    assert re.findall(r"ETA (.*)", capsys.readouterr().out) == [eta, "0:00"]
+
+
+@pytest.mark.parametrize("views, instead", [
+    ("split", "eval_alignment.py"), ("facts", "lab.reversal"),
+])  # fmt: skip
+def test_what_asks_no_question_is_not_evaluated(views, instead, capsys):
+    asked = SimpleNamespace(path="out/tiny/ckpt.pt", config=Config(views=views))
+    line = error_line(capsys, evaluate.refuse_or_adapt, asked, evaluate.Args())
+    assert f"views={views}" in line and instead in line
+    steps = SimpleNamespace(path="out/tiny/ckpt.pt", config=Config(views="steps"))
+    line = error_line(capsys, evaluate.refuse_or_adapt, steps, evaluate.Args(samples=2))
+    assert "samples=2" in line and "views=steps" in line

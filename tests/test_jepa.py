@@ -1,28 +1,199 @@
 """Claims about jepa.py, held against values worked out by hand and against slow loops."""
 
+import contextlib
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import sums
 
-from jepa import (
-    TEMPERATURE,
-    alignment,
-    collapse_panel,
-    difference_spectrum,
-    distance,
-    effective_rank,
-    linear_r2,
-    sigreg,
-    spread,
-    verdict,
-    within_cosine,
-)
+import alignment
+import eval_alignment
+import train
+from config import Config
+from jepa import OBJECTIVES, TEMPERATURE, Objective, distance, sigreg, spread
+from lab.judge import judged
+from model import block_ends
+from plumbing.jsonl import as_pair
+from plumbing.processes import Processes
+from plumbing.tokenizers import train_tokenizer
+from run import make_model
+from views import CODE, PRED, TARGET, TEXT, layout_of, tokenize
 
 DISTANCES = ("cosine", "l2", "mse", "infonce")
 SPREADS = ("vicreg", "sigreg", "cross")
+LAYOUTS = ("tree", "isolated", "plan", "reverse", "front")
+
+
+# --- objectives -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_tokenizer([row[key] for row in sums(50) for key in row], 320)
+
+
+def pairs_of(bpe, n=9, rows=None, **options):
+    rows = rows or [{**as_pair(row), "system": "Add." * (i % 2)} for i, row in enumerate(sums(n))]
+    sizes = dict(block_size=128, batch_size=len(rows), n_layer=2, n_head=2, n_embd=32)
+    return tokenize(rows, bpe, Config(**{**sizes, **options}))[0]
+
+
+def model_of(pairs):
+    """Weights five times the usual size, so that no two embeddings are alike."""
+    torch.manual_seed(0)
+    model = make_model(pairs.config, pairs.vocab_size).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5 if p.dim() == 2 else 1)
+    return model
+
+
+FACTS = [{"text": f"{i} plus", "code": f" {2 * i}", "target": f"{2 * i} less" * (i % 2)}
+         for i in range(8)]  # fmt: skip
+CASES = [
+    *({"layout": layout, "pooling": pooling, "n_pred": k} for layout in LAYOUTS
+      for pooling in ("last", "mean") for k in (0, 1, 3) if k or layout not in ("plan", "front")),
+    *({"views": views, "pooling": pooling} for views in ("steps", "facts")
+      for pooling in ("last", "mean")),
+    {"views": "split", "block_size": 32},
+    {"views": "facts", "n_pred": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda options: "-".join(map(str, options.values())))
+def test_reads_cover_every_hidden_state_that_the_views_need(options, bpe):
+    """The others may be nan: neither the embeddings nor their gradient are."""
+    pairs = pairs_of(bpe, rows=FACTS if options.get("views") == "facts" else None, **options)
+    model, config, objective = model_of(pairs), pairs.config, OBJECTIVES["pair"]
+    examples = np.arange(len(pairs))
+    has_jepa = pairs.has_target(examples) & (examples % 3 != 1)
+    assert 1 < has_jepa.sum() < len(pairs)
+    batch = pairs.pack(examples, objective.row(pairs.layout), has_jepa)
+    read = objective.reads(batch.block, config)
+    assert read.dtype == torch.bool and read.shape == batch.block.shape
+    everywhere = model.everywhere(batch.idx, batch.block)
+    known = everywhere.detach().masked_fill(~read[..., None], math.nan).requires_grad_()
+    carry = torch.from_numpy(has_jepa)
+    got = [view[carry] for view in objective.views(known, batch.block, config)]
+    for view, want in zip(got, objective.views(everywhere, batch.block, config)):
+        assert view.shape == (has_jepa.sum(), 32) and torch.isfinite(view).all()
+        assert torch.equal(view, want[carry])
+    for view, want in zip(objective.views(model(batch, read)[0], batch.block, config), got):
+        torch.testing.assert_close(view[carry], want, rtol=1e-4, atol=1e-5)
+    sum(view.square().sum() for view in got).backward()
+    assert torch.isfinite(known.grad).all()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reads_cover_the_target_in_a_row_of_its_own(layout, pooling, bpe):
+    """As stop_grad and ema encode it."""
+    pairs = pairs_of(bpe, layout=layout, pooling=pooling)
+    model, config, objective = model_of(pairs), pairs.config, OBJECTIVES["pair"]
+    alone = pairs.pack(np.arange(9), (objective.target(pairs.layout),))
+    hidden, _ = model(alone._replace(targets=None), objective.reads(alone.block, config))
+    _, target = objective.views(hidden, alone.block, config)
+    everywhere = model.everywhere(alone.idx, alone.block)
+    _, want = objective.views(everywhere, alone.block, config)
+    assert torch.isfinite(target).all()
+    torch.testing.assert_close(target, want, rtol=1e-4, atol=1e-5)
+
+
+def test_no_position_is_read_that_the_views_do_not_need(bpe):
+    """Reading the last tokens of the blocks keeps most positions out of the last layer."""
+    pairs = pairs_of(bpe)
+    block = pairs.pack(np.arange(9), pairs.layout.row).block
+    read = OBJECTIVES["pair"].reads(block, pairs.config)
+    assert torch.equal(read, block_ends(block)) and read.float().mean() < 0.2
+    mean = Config(pooling="mean")
+    assert OBJECTIVES["pair"].reads(block, mean).all()
+
+
+def test_pair_has_the_rows_and_the_target_of_the_layout():
+    objective = OBJECTIVES["pair"]
+    drawn = {"tree": ((TEXT, CODE, PRED, TARGET), TARGET), "isolated": ((TEXT, PRED, CODE), CODE),
+             "plan": ((TEXT, PRED, CODE, TARGET), TARGET)}  # fmt: skip
+    for layout, (row, target) in drawn.items():
+        layout = layout_of(Config(layout=layout))
+        assert (objective.row(layout), objective.target(layout)) == (row, target)
+
+
+# --- reading exists once: training, evaluating, judging ---------------------------------------
+
+
+def by_every_reader(pairs, model, monkeypatch):
+    """Pred and target (n, C) of all pairs, as each of the four that read embeddings has them."""
+    n, config = len(pairs), pairs.config
+    found = {}
+    t = train.Training(pairs, model, model, None, None, contextlib.nullcontext, Processes())
+    micro = train.plan(t, 0, 0)
+    block = micro.batch.block
+    hidden, _ = model(micro.batch, OBJECTIVES[config.objective].reads(block, config))
+    views = train.pred_and_target(t, micro, hidden, block)
+    order = np.argsort(pairs.batch(0)[micro.has_jepa])
+    found["training"] = [view.detach()[order] for view in views]
+    _, *found["embed_pairs"] = alignment.embed_pairs(model, pairs, n, contextlib.nullcontext)
+    _, layers = eval_alignment.embed_layers(model, pairs, contextlib.nullcontext)
+    found["embed_layers"] = [layers[-1, 2], layers[-1, 1]]
+
+    seen, real = [], OBJECTIVES[config.objective]
+    spy = real._replace(views=lambda *args: seen.append(real.views(*args)) or seen[-1])
+    with monkeypatch.context() as patch:
+        patch.setitem(OBJECTIVES, config.objective, spy)
+        _, cosine = judged(model, pairs, list(range(n)), [pairs.answer(e) for e in range(n)])
+    found["judged"] = [torch.cat(views) for views in zip(*seen)]
+    torch.testing.assert_close(F.cosine_similarity(*found["judged"]), cosine)
+    return found
+
+
+def assert_close(got, want, name):
+    for one, other in zip(got, want):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4,
+                                   msg=lambda text: f"{name}: {text}")  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"n_pred": 0}, {"n_pred": 3}, {"pooling": "mean"}, {"labels": "all"}, {"stop_grad": True},
+    {"stop_grad": True, "pooling": "mean"}, {"layout": "isolated", "stop_grad": True},
+    *({"layout": layout} for layout in LAYOUTS[1:]),
+], ids=lambda options: "-".join(map(str, options.values())) or "defaults")  # fmt: skip
+def test_all_that_read_embeddings_read_the_same(options, bpe, monkeypatch):
+    pairs = pairs_of(bpe, n=19, **options)  # two batches of held-out pairs
+    model = model_of(pairs)
+    found = by_every_reader(pairs, model, monkeypatch)
+    pred, target = found["embed_pairs"]
+    assert pred.shape == target.shape == (19, 32)
+    assert torch.cdist(pred, target).min() > 0.1  # so that a mix-up would show
+    for name, (other_pred, other_target) in found.items():
+        assert_close((other_pred, other_target), (pred, target), name)
+
+
+def test_an_objective_of_ones_own_is_a_row_of_the_table(bpe, monkeypatch):
+    """Pred from where the answer begins, the target from where it ends: nobody reads elsewhere."""
+    def reads(block, config):
+        return (block == CODE) & (block.roll(1, 1) != CODE) | block_ends(block) & (block == CODE)
+
+    def views(hidden, block, config):
+        rows = torch.arange(len(block))
+        last = block.size(1) - 1 - (block == CODE).flip(1).int().argmax(1)
+        return hidden[rows, (block == CODE).int().argmax(1)], hidden[rows, last]
+
+    monkeypatch.setitem(OBJECTIVES, "ends", Objective(
+        lambda layout: layout.plain, reads, views, lambda layout: None))  # fmt: skip
+    pairs = pairs_of(bpe, n=19, objective="ends")
+    model = model_of(pairs)
+    found = by_every_reader(pairs, model, monkeypatch)
+    for example in range(19):
+        text, code = pairs.view(example, TEXT), pairs.view(example, CODE)
+        idx = torch.tensor([text + code])
+        hidden = model.everywhere(idx, torch.full_like(idx, TEXT))
+        want = hidden[0, len(text)], hidden[0, -1]
+        for name, views in found.items():
+            assert_close([view[example] for view in views], want, name)
 
 
 # --- distances --------------------------------------------------------------------------------
@@ -182,213 +353,6 @@ def test_both_views_get_a_gradient_and_bfloat16_is_computed_in_float32(kind):
     assert pred.grad.abs().sum() > 0 and target.grad.abs().sum() > 0
     torch.manual_seed(1)
     assert value.dtype == torch.float32 and value == loss(pred.float(), target.float(), kind)
-
-
-# --- alignment --------------------------------------------------------------------------------
-
-
-def test_alignment_of_identical_orthogonal_pairs_is_perfect():
-    x = 3 * torch.eye(6, 10)
-    measures = alignment(x, 2 * x)
-    assert measures == pytest.approx({
-        "matched": 1, "mismatched": 0, "retrieval_at_1": 1, "mean_rank": 1,
-        "effective_rank_pred": 6, "effective_rank_target": 6,
-    }, abs=1e-5)  # fmt: skip
-    assert verdict(measures) == "aligned"
-
-
-# N = 5, C = 100: equal rows give cosines that differ in the last bit, depending on where they
-# stand in the matrix product; a tie has to be seen as one all the same.
-@pytest.mark.parametrize("N, C", [(4, 8), (64, 32), (5, 512), (5, 100)])
-def test_alignment_of_embeddings_collapsed_to_a_point_shows_collapse(N, C):
-    point = torch.randn(1, C).repeat(N, 1)
-    measures = alignment(point, point)
-    # every target ties with the own one: a miss, and the worst rank
-    assert measures == pytest.approx({
-        "matched": 1, "mismatched": 1, "retrieval_at_1": 0, "mean_rank": N,
-        "effective_rank_pred": 1, "effective_rank_target": 1,
-    }, abs=1e-4)  # fmt: skip
-    assert verdict(measures) == "collapsed"
-
-
-def test_alignment_of_shuffled_pairs_finds_none():
-    x = torch.eye(6)
-    measures = alignment(x, x.roll(1, 0))
-    assert measures["matched"] == pytest.approx(0, abs=1e-6)
-    assert measures["mismatched"] == pytest.approx(6 / 30, abs=1e-6)  # one of five wrong ones is x
-    assert measures["retrieval_at_1"] == 0
-    assert measures["mean_rank"] == 6  # the five others are as near, and a tie counts against it
-    assert verdict(measures) == "not aligned"
-
-
-def test_alignment_ranks_each_pred_among_all_targets():
-    target = torch.eye(3)
-    pred = torch.tensor([[1.0, 0.2, 0.1], [0.5, 0.2, 0.1], [0.9, 0.1, 0.5]])
-    measures = alignment(pred, target)  # ranks of the own target: 1, 2, 2
-    assert measures["mean_rank"] == pytest.approx(5 / 3)
-    assert measures["retrieval_at_1"] == pytest.approx(1 / 3)
-
-
-def test_effective_rank_lies_between_one_and_the_dimension():
-    assert effective_rank(torch.eye(7)) == pytest.approx(7, rel=1e-5)
-    assert effective_rank(torch.ones(7, 3)) == pytest.approx(1, rel=1e-4)
-    # singular values 3 and 1: exp of the entropy of (3/4, 1/4)
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(math.exp(entropy))
-
-
-@pytest.mark.parametrize("matched, mismatched, expected", [
-    (1.0, 0.91, "collapsed"), (1.0, 0.89, "partly aligned"), (0.9, 0.0, "aligned"),
-    (0.51, 0.47, "collapsed"), (0.6, 0.31, "partly aligned"), (0.6, 0.29, "aligned"),
-    (0.49, 0.47, "not aligned"), (0.1, 0.3, "not aligned"), (0.03, -0.12, "not aligned"),
-])  # fmt: skip
-def test_verdict_compares_mismatched_with_matched(matched, mismatched, expected):
-    assert verdict({"matched": matched, "mismatched": mismatched}) == expected
-
-
-# --- the rest of the collapse panel -----------------------------------------------------------
-
-
-def rotation(C):
-    return torch.linalg.qr(torch.randn(C, C))[0]
-
-
-@pytest.mark.parametrize("x, expected", [
-    (torch.eye(5), 0), (torch.ones(5, 3), 1), (torch.tensor([[1.0, 0], [1, 1]]), math.sqrt(0.5)),
-    # u, u, -u, -u: of the 6 pairs 2 agree and 4 do not
-    (torch.tensor([[1.0], [2], [-1], [-3]]) * torch.ones(1, 4), -1 / 3),
-])  # fmt: skip
-def test_within_cosine_equals_hand_computed_values(x, expected):
-    assert within_cosine(x) == pytest.approx(expected, abs=1e-6)
-
-
-def test_difference_spectrum_equals_hand_computed_values():
-    x = torch.diag(torch.tensor([1.0, 5.0, 2.0]))
-    assert difference_spectrum(x, 3 * x) == pytest.approx([0, 0, 0], abs=1e-6)
-    assert difference_spectrum(x, -x) == pytest.approx([2, 2, 2])  # twice a rotation
-    # e1, e2, e3 less e2, e3, e1: a circulant with eigenvalues 1 - w, w the cube roots of 1
-    expected = [math.sqrt(3), math.sqrt(3), 0]
-    assert difference_spectrum(x, x.roll(1, 0)) == pytest.approx(expected, abs=1e-6)
-    # One direction apart: a single value, sqrt(N) times the distance of two orthogonal units.
-    e1, e2 = torch.eye(8, 130).expand(2, 8, 130)[:, :2].unbind(1)
-    values = difference_spectrum(e1[:1].expand(150, 130), e2[:1].expand(150, 130))
-    assert len(values) == 100
-    assert values[0] == pytest.approx(math.sqrt(2 * 150)) and max(values[1:]) < 1e-3
-
-
-def test_linear_r2_of_a_rotation_is_1_and_of_shuffled_or_unrelated_views_0():
-    x = torch.randn(256, 16)
-    for code in (x, 5 * x @ rotation(16)):
-        assert linear_r2(x, code) == (pytest.approx(1, abs=1e-4), "")
-    for code in (x[torch.randperm(256)], torch.randn(256, 16)):
-        assert linear_r2(x, code) == (pytest.approx(0, abs=0.03), "")
-
-
-def test_linear_r2_is_the_share_of_the_code_that_the_text_determines():
-    """12 of the code's 16 channels are a rotation of the text, 4 are noise of the same size."""
-    text = torch.randn(2000, 12)
-    code = torch.cat([text @ rotation(12), torch.randn(2000, 4)], 1) @ rotation(16)
-    # Unit length couples the channels a little, hence the width.
-    assert linear_r2(text, code)[0] == pytest.approx(12 / 16, abs=0.05)
-
-
-def test_linear_r2_is_held_out():
-    """More channels than pairs: any fit is perfect on its own half, and tells nothing."""
-    text, code = torch.randn(64, 200), torch.randn(64, 200)
-    x, y = text[:32], code[:32]
-    assert torch.allclose(x @ torch.linalg.pinv(x) @ y, y, atol=1e-3)
-    assert abs(linear_r2(text, code)[0]) < 0.05
-    # Orthogonal rows: no pair tells about another one, although the views are identical.
-    assert linear_r2(torch.eye(64), torch.eye(64))[0] == pytest.approx(0, abs=1e-6)
-
-
-def test_linear_r2_equals_ridge_with_leave_one_out_by_refitting():
-    torch.manual_seed(4)
-    text = torch.randn(24, 5)
-    code = F.normalize(text, dim=-1) @ torch.randn(5, 4) + 0.3 * torch.randn(24, 4)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    x, y = (F.normalize(view.double(), dim=-1)[order] for view in (text, code))
-    x, y = ((v - v[:12].mean(0)) / v[:12].std(0) for v in (x, y))
-
-    def ridge(x, y, penalty):  # with an intercept, by the normal equations
-        mx, my = x.mean(0), y.mean(0)
-        square = (x - mx).T @ (x - mx) + penalty * torch.eye(5, dtype=torch.double)
-        weights = torch.linalg.solve(square, (x - mx).T @ (y - my))
-        return lambda new: (new - mx) @ weights + my
-
-    def error(penalty):
-        fits = [ridge(x[:12][rest], y[:12][rest], penalty)
-                for rest in ([j for j in range(12) if j != i] for i in range(12))]  # fmt: skip
-        return sum((y[i] - fit(x[i])).square().sum().item() for i, fit in enumerate(fits))
-
-    largest = torch.linalg.svdvals(x[:12])[0].item() ** 2
-    penalty = min((largest * 10 ** (i / 2) for i in range(-10, 7)), key=error)
-    assert largest * 1e-5 < penalty < largest * 1e3  # inside the grid, so that it is a choice
-    sse = (y[12:] - ridge(x[:12], y[:12], penalty)(x[12:])).square().sum()
-    expected = 1 - sse / y[12:].square().sum()
-    assert linear_r2(text, code)[0] == pytest.approx(expected.item(), abs=1e-4)
-    assert 0.3 < expected < 0.95
-
-
-@pytest.mark.parametrize("size", [0, 1e-6, 1e-3, 0.05])
-def test_linear_r2_of_views_collapsed_to_a_point_is_0(size):
-    """What is left to vary is the same in both views, so it could be predicted perfectly."""
-    x = torch.randn(1, 32) + size * torch.randn(256, 32)
-    assert linear_r2(x, x @ rotation(32)) == (0, "point")
-
-
-@pytest.mark.parametrize("place", [0, 0.1, 1, 10])
-@pytest.mark.parametrize("noise", [0, 0.02])
-def test_linear_r2_of_views_collapsed_to_a_line_is_0(place, noise):
-    """Points at random places on one line, through the origin or not, which both views share."""
-    x = place * torch.randn(1, 32) + torch.randn(256, 1) * torch.randn(1, 32)
-    x = x + noise * torch.randn(256, 32)
-    flaw = "point" if place == 10 else "line"  # from afar a line is a point
-    assert linear_r2(x, x @ rotation(32)) == (0, flaw)
-
-
-def test_linear_r2_survives_what_it_cannot_measure():
-    assert linear_r2(torch.randn(7, 4), torch.randn(7, 4)) == (0, "few")
-    assert linear_r2(torch.zeros(20, 4), torch.zeros(20, 4)) == (0, "point")
-    r2, flaw = linear_r2(torch.ones(64, 4), torch.randn(64, 4))  # nothing to predict from
-    assert flaw == "" and r2 == pytest.approx(0, abs=0.2) and r2 <= 0.01
-
-
-def test_panel_of_views_that_a_rotation_joins():
-    text = torch.randn(400, 16)
-    code = text @ rotation(16)
-    panel = collapse_panel(code, text, code)
-    assert panel["matched"] == panel["retrieval_at_1"] == panel["mean_rank"] == pytest.approx(1)
-    assert (panel["linear_r2"], panel["linear_r2_flaw"]) == (pytest.approx(1, abs=1e-4), "")
-    assert panel["linear_r2_shuffled"] == pytest.approx(0, abs=0.03)
-    for key in ("within_pred", "within_target", "mismatched"):
-        assert panel[key] == pytest.approx(0, abs=0.02)
-    assert 15 < panel["effective_rank_pred"] == pytest.approx(panel["effective_rank_target"])
-    same = collapse_panel(text, text, text)
-    assert max(same["singular_values"]) < 1e-4 < 1 < min(same["singular_values_shuffled"])
-    assert verdict(panel) == verdict(same) == "aligned"
-
-
-def test_panel_of_shuffled_views_finds_nothing():
-    text = torch.randn(400, 16)
-    code = text[torch.randperm(400)]
-    panel = collapse_panel(text, text, code)
-    for key in ("matched", "mismatched", "linear_r2", "linear_r2_shuffled"):
-        assert panel[key] == pytest.approx(0, abs=0.05)
-    assert panel["retrieval_at_1"] < 0.03 and panel["mean_rank"] == pytest.approx(200, abs=30)
-    right, wrong = panel["singular_values"], panel["singular_values_shuffled"]
-    assert right == pytest.approx(wrong, rel=0.1)
-
-
-def test_no_measure_of_the_panel_praises_a_point():
-    """Cosine, singular values and any fit to the data would."""
-    point = torch.randn(1, 16).expand(64, 16)
-    panel = collapse_panel(point, point, point)
-    assert panel["singular_values"] == panel["singular_values_shuffled"]
-    assert max(panel["singular_values"]) < 1e-4
-    assert panel["within_pred"] == panel["within_target"] == pytest.approx(1)
-    assert panel["linear_r2"] == panel["linear_r2_shuffled"] == panel["retrieval_at_1"] == 0
-    assert panel["linear_r2_flaw"] == "point" and verdict(panel) == "collapsed"
 
 
 @pytest.mark.parametrize("loss", [distance, spread])

@@ -1,19 +1,22 @@
-"""Claims about model.py: who sees whom, one row for three passes, the GPT, generation."""
+"""Claims about model.py: who sees whom, one row for three passes, what is read, the GPT."""
 
 import math
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 from config import Config
 from model import (
     GPT,
     PAD,
-    SummedCrossEntropy,
-    attend,
+    Batch,
+    Trunk,
     block_causal_mask,
+    block_ends,
     read_hidden,
     visible_blocks,
 )
@@ -40,7 +43,7 @@ def make_gpt(seed=0, scale=1.0, **options):
 
 
 def make_rows(examples, blocks=(Q, A, P, T), n_pred=2):
-    """idx, block and targets of (question, answer) token lists, padded on the right."""
+    """A Batch of (question, answer) token lists, padded on the right."""
     rows = []
     for q, a in examples:
         pieces = {Q: q, A: a, P: [V + i for i in range(n_pred)], T: a}
@@ -50,10 +53,15 @@ def make_rows(examples, blocks=(Q, A, P, T), n_pred=2):
         rows.append((idx, block, targets))
     width = max(len(idx) for idx, _, _ in rows)
     fills = (7, PAD, -1)  # padding is known by its block: token 7 is an ordinary one
-    return [
+    return Batch(*(
         torch.tensor([values + [fill] * (width - len(values)) for values in column])
         for column, fill in zip(zip(*rows), fills)
-    ]
+    ))  # fmt: skip
+
+
+def nowhere(idx):
+    """Hidden states that are read: none."""
+    return torch.zeros_like(idx, dtype=torch.bool)
 
 
 EXAMPLES = [
@@ -102,27 +110,27 @@ def test_a_block_sees_its_grandparent():
 def test_model_uses_the_mask_and_the_positions(monkeypatch):
     gpt = make_gpt()
     idx, block, _ = make_rows(EXAMPLES[:1])
-    hidden = gpt.hidden(idx, block)
+    hidden = gpt.everywhere(idx, block)
     mask, positions = block_causal_mask(block, gpt.sees)
     causal = torch.ones_like(mask).tril()
     count = torch.arange(idx.size(1)).expand_as(positions)
     ordinary = (block == Q) | (block == A)  # an ordinary causal row up to here
     for replaced in ((causal, positions), (mask, count)):
         monkeypatch.setattr(model_module, "block_causal_mask", lambda *_, r=replaced: r)
-        changed = ~torch.isclose(gpt.hidden(idx, block), hidden, atol=1e-6).all(-1)
+        changed = ~torch.isclose(gpt.everywhere(idx, block), hidden, atol=1e-6).all(-1)
         assert torch.equal(changed, ~ordinary)
 
 
 def hidden_changes(gpt, idx, block, row, column):
     """(B, T): which hidden states change in any bit when the token at (row, column) does."""
-    before = gpt.hidden(idx, block)
+    before = gpt.everywhere(idx, block)
     if block[row, column] == P:  # its embedding is the token
         with torch.no_grad():
             gpt.pred.weight[idx[row, column] - V] += 0.1
     else:
         idx = idx.clone()
         idx[row, column] = (idx[row, column] + 1) % V
-    return (gpt.hidden(idx, block) != before).any(-1)
+    return (gpt.everywhere(idx, block) != before).any(-1)
 
 
 @pytest.mark.parametrize("looks", [Q, A, P, T], ids=lambda b: f"seen_from_{'_qaPt'[b]}")
@@ -166,13 +174,14 @@ def assert_close_gradients(got, want):
 def test_packed_row_equals_separate_passes():
     gpt = make_gpt(scale=4)
     idx, block, targets = make_rows(EXAMPLES)
-    read, ce_sum = gpt(idx, block, targets)
-    hidden = gpt.hidden(idx, block)
     # forward spares the last layer where nothing is read: all but labels and ends of blocks
     ends = torch.stack([F.pad(b, (0, 1), value=-1).diff() != 0 for b in block])
+    read, ce_sum = gpt(Batch(idx, block, targets), ends)
+    hidden = gpt.everywhere(idx, block)
     kept = (targets != -1) | ends
     assert not kept.all()
-    torch.testing.assert_close(read, hidden * kept[..., None], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(read[kept], hidden[kept], rtol=1e-9, atol=1e-9)
+    assert read[~kept].isnan().all()
     n_labels = sum(len(a) for _, a in EXAMPLES)
     assert (targets != -1).sum() == n_labels
     pred, target = (read_hidden(read, block, b) for b in (P, T))
@@ -185,15 +194,15 @@ def test_packed_row_equals_separate_passes():
         of = {b: hidden[row, block[row] == b] for b in (Q, A, P, T)}
         for blocks, labelled in (((Q, A), True), ((Q, P), False), ((T,), False)):
             own_idx, own_block, own_targets = make_rows([(q, a)], blocks)
-            own = gpt.hidden(own_idx, own_block)
+            own = gpt.everywhere(own_idx, own_block)
             expected = torch.cat([of[b] for b in blocks])
             torch.testing.assert_close(own[0], expected, rtol=1e-9, atol=1e-9)
             if labelled:
                 logits = own[0] @ gpt.wte.weight.T
                 ce = ce + F.cross_entropy(
                     logits, own_targets[0], ignore_index=-1, reduction="sum")
-        preds.append(gpt.hidden(*make_rows([(q, a)], (Q, P))[:2])[0, -1])
-        encs.append(gpt.hidden(*make_rows([(q, a)], (T,))[:2])[0, -1])
+        preds.append(gpt.everywhere(*make_rows([(q, a)], (Q, P))[:2])[0, -1])
+        encs.append(gpt.everywhere(*make_rows([(q, a)], (T,))[:2])[0, -1])
     separate = losses(ce, n_labels, torch.stack(preds), torch.stack(encs))
     for got, want in zip(packed, separate):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
@@ -202,21 +211,21 @@ def test_packed_row_equals_separate_passes():
 
 def test_padding_changes_nothing():
     gpt = make_gpt(scale=4)
-    idx, block, targets = make_rows(EXAMPLES)
-    assert (block == PAD).any()
+    batch = make_rows(EXAMPLES)
+    assert (batch.block == PAD).any()
 
-    def run(idx, block, targets):
-        hidden, ce = gpt(idx, block, targets)
-        pred, target = (read_hidden(hidden, block, b) for b in (P, T))
+    def run(batch):
+        hidden, ce = gpt(batch, block_ends(batch.block))
+        pred, target = (read_hidden(hidden, batch.block, b) for b in (P, T))
         return hidden, ce + (1 - F.cosine_similarity(pred, target)).sum()
 
-    hidden, loss = run(idx, block, targets)
+    hidden, loss = run(batch)
     together = gradients(gpt, loss)
     alone_loss = 0.0
     for row, example in enumerate(EXAMPLES):
-        alone, own_loss = run(*make_rows([example]))
+        alone, own_loss = run(make_rows([example]))
         torch.testing.assert_close(
-            hidden[row, : alone.size(1)], alone[0], rtol=1e-9, atol=1e-9)
+            hidden[row, : alone.size(1)], alone[0], rtol=1e-9, atol=1e-9, equal_nan=True)
         alone_loss = alone_loss + own_loss
     torch.testing.assert_close(loss, alone_loss, rtol=1e-6, atol=1e-6)
     assert_close_gradients(together, gradients(gpt, alone_loss))
@@ -227,6 +236,146 @@ def test_read_hidden_is_the_last_token_of_the_block():
     hidden = torch.arange(10.0).view(2, 5, 1)
     for which, expected in ((Q, [1, 5]), (A, [2, 7]), (P, [3, 9])):
         assert read_hidden(hidden, block, which)[:, 0].tolist() == expected
+
+
+def test_read_hidden_is_the_mean_over_the_block():
+    """What is nan elsewhere stays out of it, and a block that a row lacks gives 0."""
+    block = torch.tensor([[Q, Q, A, P, PAD], [Q, A, A, P, P]])
+    hidden = torch.arange(10.0).view(2, 5, 1)
+    for which, expected in ((Q, [0.5, 5]), (A, [2, 6.5]), (P, [3, 8.5]), (T, [0, 0])):
+        only = hidden.masked_fill((block != which)[..., None], math.nan)
+        assert read_hidden(only, block, which, "mean")[:, 0].tolist() == expected
+
+
+def test_ends_of_blocks_equal_the_hand_drawn_ones():
+    block = torch.tensor([[Q, Q, A, P, PAD, PAD], [Q, A, A, P, P, T]])
+    drawn = [". 1 1 1 . 1", "1 . 1 . 1 1"]  # padding counts as a block, which nobody reads
+    assert block_ends(block).tolist() == [[c == "1" for c in row.split()] for row in drawn]
+
+
+# --- what is read -----------------------------------------------------------------------------
+
+
+def test_hidden_states_that_nobody_asked_for_are_nan():
+    """Those asked for, by `read` or by a label, equal what `everywhere` computes."""
+    gpt = make_gpt(scale=4)
+    batch = make_rows(EXAMPLES)
+    hidden = gpt.everywhere(batch.idx, batch.block)
+    labelled, alone = batch.targets != -1, batch._replace(targets=None)
+    everything, some = torch.ones_like(labelled), torch.rand(labelled.shape) < 0.3
+    assert (some & ~labelled).any() and (labelled & ~some).any()
+    for asked, read, wanted in (
+        (batch, nowhere(batch.idx), labelled),
+        (batch, some, some | labelled),
+        (batch, everything, everything),
+        (alone, some, some),
+        (alone, nowhere(batch.idx), nowhere(batch.idx)),
+    ):
+        found, _ = gpt(asked, read)
+        torch.testing.assert_close(found[wanted], hidden[wanted], rtol=1e-12, atol=1e-12)
+        assert found[~wanted].isnan().all()
+
+
+def test_a_loss_on_an_unread_position_is_nan():
+    """Not a number that is silently wrong: whoever reads where nobody asked finds out at once."""
+    gpt = make_gpt()
+    batch = make_rows(EXAMPLES)
+    read = block_ends(batch.block) & (batch.block == P)
+    hidden, ce = gpt(batch, read)
+    pred, target = (read_hidden(hidden, batch.block, b) for b in (P, T))
+    assert pred.isfinite().all() and ce.isfinite()
+    assert (1 - F.cosine_similarity(pred, target)).mean().isnan()
+    assert (pred - target).norm().isnan()
+    assert read_hidden(hidden, batch.block, T, "mean").isnan().all()
+
+
+def test_the_last_layer_computes_only_positions_read():
+    gpt, shapes = make_gpt(scale=4), {}
+    for name, module in gpt.named_modules():
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: shapes.update({name: tuple(output.shape)}))
+    batch = make_rows(EXAMPLES)
+    (B, S), n = batch.idx.shape, 17
+    read = nowhere(batch.idx)
+    read.view(-1)[torch.randperm(B * S)[:n]] = True
+    mask, positions = block_causal_mask(batch.block, gpt.sees)
+    found = gpt.layers(gpt.embed(batch.idx), positions, mask, read=read)
+    assert n < B * S and found.shape == (n, 32)
+    assert shapes["h.1.attn.c_attn"] == (B, S, 96)  # keys and values of all are needed
+    for name in ("attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+        assert shapes[f"h.1.{name}"][:-1] == (n,)
+        assert shapes[f"h.0.{name}"][:-1] == (B, S)
+    assert shapes["ln_f"] == (n, 32)
+    everywhere = gpt.everywhere(batch.idx, batch.block)
+    torch.testing.assert_close(found, everywhere[read], rtol=1e-12, atol=1e-12)
+
+
+def test_reading_less_leaves_the_gradient_as_it_is():
+    gpt = make_gpt(scale=4)
+    batch = make_rows(EXAMPLES)
+    grads = []
+    for read in (block_ends(batch.block), torch.ones_like(batch.block, dtype=torch.bool)):
+        hidden, ce = gpt(batch, read)
+        pred, target = (read_hidden(hidden, batch.block, b) for b in (P, T))
+        grads.append(gradients(gpt, ce + (1 - F.cosine_similarity(pred, target)).sum()))
+    assert_close_gradients(*grads)
+
+
+def test_streams_are_what_enters_each_layer():
+    gpt, streams = make_gpt(scale=4), []
+    batch = make_rows(EXAMPLES)
+    last, _ = gpt(batch, torch.ones_like(batch.block, dtype=torch.bool), streams)
+    mask, positions = block_causal_mask(batch.block, gpt.sees)
+    enters = [gpt.embed(batch.idx) + gpt.wpe(positions)]
+    for layer in gpt.h:
+        enters.append(layer(enters[-1], mask))
+    assert len(streams) == len(gpt.h) == 2
+    for got, want in zip([*streams, last], enters):
+        torch.testing.assert_close(got, gpt.ln_f(want), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("read", [block_ends, nowhere, torch.ones_like])
+@pytest.mark.parametrize("labels", [True, False], ids=["labels", "no_labels"])
+def test_flops_are_those_that_torch_counts(labels, read):
+    gpt, batch = make_gpt(), make_rows(EXAMPLES)
+    batch = batch if labels else batch._replace(targets=None)
+    read = read(batch.block).bool()
+    with FlopCounterMode(display=False) as counter:
+        gpt(batch, read)
+    assert gpt.flops(batch, read) == counter.get_total_flops() > 0
+
+
+class Bag(Trunk):
+    """The least that a trunk is: a token's state is the mean of the embeddings that it sees."""
+
+    def __init__(self):
+        super().__init__(PARENTS)
+        self.width, self.vocab_size, self.longest_path = 8, V, 32
+        self.table = nn.Embedding(V + 2, self.width)
+
+    def embed(self, idx):
+        return self.table(idx)
+
+    def layers(self, x, position_ids, attn_mask, cache=None, read=None, streams=None):
+        seen = attn_mask.to(x.dtype)
+        x = seen @ x / seen.sum(-1, keepdim=True)
+        return x if read is None else x[read]
+
+    def logits(self, hidden):
+        return hidden @ self.table.weight[:V].T
+
+
+def test_another_network_is_a_trunk_by_its_embed_layers_and_logits():
+    bag, batch = Bag(), make_rows(EXAMPLES)
+    read, labelled = block_ends(batch.block), batch.targets != -1
+    hidden, ce = bag(batch, read)
+    everywhere = bag.everywhere(batch.idx, batch.block)
+    torch.testing.assert_close(hidden[read | labelled], everywhere[read | labelled])
+    assert hidden[~(read | labelled)].isnan().all()
+    logits = everywhere[labelled] @ bag.table.weight[:V].T
+    want = F.cross_entropy(logits, batch.targets[labelled], reduction="sum")
+    torch.testing.assert_close(ce, want)
+    assert bag.device.type == "cpu" and bag.flops(batch, read) == 2 * batch.idx.numel() * 66 * 8
 
 
 # --- the language model -----------------------------------------------------------------------
@@ -263,22 +412,15 @@ def test_question_and_answer_rows_are_an_ordinary_gpt():
                 p.add_(0.3 * torch.randn_like(p))
     idx = torch.randint(V, (3, 20))
     block = torch.tensor([[Q] * 8 + [A] * 12, [Q] + [A] * 19, [Q] * 20])
-    torch.testing.assert_close(gpt.hidden(idx, block), plain_gpt(gpt, idx), rtol=1e-9, atol=1e-9)
-
-
-def test_attend_equals_scaled_dot_product_attention():
-    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
-    mask = torch.rand(2, 1, 9, 9) > 0.5
-    mask |= torch.eye(9, dtype=torch.bool)
     torch.testing.assert_close(
-        attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        gpt.everywhere(idx, block), plain_gpt(gpt, idx), rtol=1e-9, atol=1e-9)
 
 
 def test_initial_loss_is_log_vocab_and_the_head_is_tied():
     gpt = make_gpt()
     idx, block = torch.randint(V, (8, 32)), torch.full((8, 32), Q)
     targets = torch.randint(V, (8, 32))
-    ce = gpt(idx, block, targets)[1].item() / targets.numel()
+    ce = gpt(Batch(idx, block, targets), nowhere(idx))[1].item() / targets.numel()
     assert abs(ce - math.log(V)) < 0.05
     assert gpt.lm_head.weight is gpt.wte.weight
 
@@ -288,11 +430,11 @@ def test_output_layer_runs_on_labelled_positions_only():
     gpt.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     idx, block, targets = make_rows(EXAMPLES)
     assert (targets != -1).sum() == 12 < idx.numel()
-    gpt(idx, block, targets)
+    gpt(Batch(idx, block, targets), block_ends(block))
     assert seen.pop() == (12, 32)
-    gpt(idx, block)
-    assert not seen, "no labels, no output layer"
-    assert gpt(idx, block, torch.full_like(idx, -1))[1] == 0
+    _, ce = gpt(Batch(idx, block, None), block_ends(block))
+    assert ce is None and not seen, "no labels, no output layer"
+    assert gpt(Batch(idx, block, torch.full_like(idx, -1)), block_ends(block))[1] == 0
 
 
 def test_parameters_have_gpt2_names():
@@ -315,9 +457,10 @@ def test_no_weight_but_pred_depends_on_n_pred():
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_any_number_of_pred_tokens_trains(k):
     gpt = make_gpt(n_pred=k)
-    idx, block, targets = make_rows(EXAMPLES, n_pred=k)
-    assert (idx >= V).sum() == k * len(EXAMPLES)
-    hidden, ce = gpt(idx, block, targets)
+    batch = make_rows(EXAMPLES, n_pred=k)
+    block = batch.block
+    assert (batch.idx >= V).sum() == k * len(EXAMPLES)
+    hidden, ce = gpt(batch, block_ends(block))
     pred = read_hidden(hidden, block, P if k else Q)
     (ce + (1 - F.cosine_similarity(pred, read_hidden(hidden, block, T))).sum()).backward()
     assert all(p.grad.abs().sum() > 0 for p in gpt.parameters())
@@ -326,176 +469,10 @@ def test_any_number_of_pred_tokens_trains(k):
 def test_pred_learns_from_the_jepa_loss_and_never_from_cross_entropy():
     gpt = make_gpt()
     idx, block, targets = make_rows(EXAMPLES)
-    gpt(idx, block, targets)[1].backward()
+    gpt(Batch(idx, block, targets), block_ends(block))[1].backward()
     assert gpt.wte.weight.grad.abs().sum() > 0
     assert gpt.pred.weight.grad is None or not gpt.pred.weight.grad.any()
-    hidden = gpt.hidden(idx, block)
+    hidden = gpt.everywhere(idx, block)
     pred, target = (read_hidden(hidden, block, b) for b in (P, T))
     (1 - F.cosine_similarity(pred, target)).mean().backward()
     assert gpt.pred.weight.grad.abs().sum(1).gt(0).all()  # both [PRED], the last sees the first
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_summed_cross_entropy_is_torchs_in_value_and_gradient(dtype):
-    """Computed in float32 for bfloat16 logits too; only the gradient is rounded to their dtype."""
-    torch.manual_seed(1)
-    logits = (5 * torch.randn(150, 40)).to(dtype)  # more rows than a slice holds, no multiple
-    targets = torch.randint(40, (150,))
-    got, want = logits.clone().requires_grad_(), logits.float().requires_grad_()
-    # A copy goes in: the function writes the gradient over what it was given.
-    value = SummedCrossEntropy.apply(got.clone(), targets)
-    reference = F.cross_entropy(want, targets, reduction="sum")
-    torch.testing.assert_close(value, reference)
-    (0.37 * value).backward()
-    (0.37 * reference).backward()
-    assert got.grad.dtype == dtype
-    rtol = 1e-5 if dtype == torch.float32 else 2**-7  # rounded, scaled and rounded again
-    torch.testing.assert_close(got.grad.float(), want.grad, rtol=rtol, atol=1e-6)
-
-
-# --- generation -------------------------------------------------------------------------------
-
-PROMPTS = [[5, 9, 2, 40, 13], [21], [8, 30, 12], [3, 3, 3, 3, 3, 3, 3, 61]]
-
-
-def make_talker(seed=0, quiet=True):
-    """A model with strong opinions; quiet: one that practically never says end of text."""
-    gpt = make_gpt(seed, scale=8)
-    if quiet:
-        with torch.no_grad():
-            gpt.wte.weight[EOT] = 0  # logit 0, below the largest of 63 others
-    return gpt.eval()
-
-
-@pytest.mark.parametrize("options", [
-    dict(temperature=0),
-    dict(temperature=1.0),
-    dict(temperature=1.5, top_k=5),
-    dict(temperature=2.0, top_p=0.8),
-    dict(temperature=1.2, top_k=20, top_p=0.95),
-], ids=["greedy", "sampled", "top_k", "top_p", "both"])  # fmt: skip
-def test_cached_generation_equals_uncached(options):
-    gpt = make_talker(quiet=False)
-    cached = gpt.generate(PROMPTS, 16, EOT, **options, seed=3)
-    assert cached == gpt.generate(PROMPTS, 16, EOT, **options, seed=3, cached=False)
-    assert len({tuple(row) for row in cached}) == len(PROMPTS)  # each prompt its own text
-
-
-@pytest.mark.parametrize("grow", [1, 3, 32])
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_rows_that_finish_and_leave_change_no_other(temperature, grow, monkeypatch):
-    """Uncached, every row stays to the end. The cached batch shrinks and its caches grow."""
-    monkeypatch.setattr(model_module, "GROW", grow)
-    gpt, batches = make_gpt(block_size=64), []
-    prompts = [[i, 1, *range(i % 5)] for i in range(24)]
-    expected = gpt.generate(prompts, 50, 7, temperature=temperature, cached=False)
-    gpt.ln_f.register_forward_hook(lambda module, inputs, output: batches.append(len(output)))
-    assert gpt.generate(prompts, 50, 7, temperature=temperature) == expected
-    if temperature:  # at temperature 0 this model never stops
-        assert len({len(row) for row in expected}) > 5
-        assert batches[0] == 24 > batches[-1] and batches == sorted(batches, reverse=True)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_weights_compute_the_same_and_are_gone_afterwards(bias):
-    gpt = make_gpt(bias=bias).float()
-    x = torch.randn(3, 32)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = gpt.h[0].mlp(x), gpt.lm_head(x)
-        with model_module.packed_weights(gpt):
-            packed = gpt.h[0].mlp(x), gpt.lm_head(x)
-            used = "forward" in vars(gpt.lm_head)
-    torch.testing.assert_close(packed, expected, rtol=2**-6, atol=2**-6)
-    supported = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
-    assert used == (supported and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    assert not any("forward" in vars(module) for module in gpt.modules())
-    with model_module.packed_weights(gpt):  # float32 is left alone
-        assert "forward" not in vars(gpt.lm_head)
-
-
-def test_greedy_generation_is_the_argmax_of_a_plain_gpt():
-    gpt = make_talker()
-    gpt_with_bias = make_gpt(bias=True)  # the reference reads biases; these are all 0
-    gpt_with_bias.load_state_dict(gpt.state_dict(), strict=False)
-    for prompt, new in zip(PROMPTS, gpt.generate(PROMPTS, 6, EOT, temperature=0)):
-        ids = list(prompt)
-        for _ in range(6):
-            hidden = plain_gpt(gpt_with_bias, torch.tensor([ids]))[0, -1]
-            ids.append((gpt.wte.weight @ hidden).argmax().item())
-        assert ids == prompt + new
-
-
-def test_batched_greedy_generation_equals_one_by_one():
-    gpt = make_talker()
-    batch = gpt.generate(PROMPTS, 12, EOT, temperature=0)
-    assert batch == [gpt.generate([p], 12, EOT, temperature=0)[0] for p in PROMPTS]
-
-
-def test_a_prompt_may_end_in_pred_tokens():
-    gpt = make_talker()
-    prompts = [[*p, V, V + 1] for p in PROMPTS]
-    new = gpt.generate(prompts, 8, EOT, temperature=0)
-    assert new == gpt.generate(prompts, 8, EOT, temperature=0, cached=False)
-    assert new != gpt.generate(PROMPTS, 8, EOT, temperature=0)
-    with torch.no_grad():
-        gpt.pred.weight.copy_(torch.randn_like(gpt.pred.weight))
-    assert new != gpt.generate(prompts, 8, EOT, temperature=0)  # it is read, not skipped
-
-
-def test_generation_stops_at_end_of_text_and_draws_nothing_above_it():
-    eot, new = 7, 10  # of 64 ids, 56 lie above
-    gpt, passes = make_gpt(), []
-    gpt.ln_f.register_forward_hook(lambda *_: passes.append(1))
-    rows = gpt.generate([[i] for i in range(32)], new, eot, temperature=1.0)
-    assert max(max(row) for row in rows) <= eot
-    stopped = [row for row in rows if row[-1] == eot]
-    assert 0 < len(stopped) < len(rows)
-    assert all(eot not in row[:-1] for row in stopped)
-    assert all(len(row) == new and eot not in row for row in rows if row not in stopped)
-    passes.clear()
-    [row] = gpt.generate([[1]], 30, eot, temperature=1.0)
-    assert row[-1] == eot and len(row) == len(passes) < 30  # no pass after the last row's end
-
-
-def test_a_row_stops_at_block_size():
-    gpt = make_talker()
-    prompts = [[1] * n for n in (32, 31, 30, 4)]  # block_size is 32
-    rows = gpt.generate(prompts, 20, EOT, temperature=0)
-    assert [len(row) for row in rows] == [0, 1, 2, 20]
-    alone = [gpt.generate([p], 20, EOT, temperature=0)[0] for p in prompts]
-    assert rows == alone  # a full row does not disturb the others
-
-
-def test_top_k_1_and_a_tiny_top_p_are_greedy():
-    gpt = make_talker()
-    greedy = gpt.generate(PROMPTS, 12, EOT, temperature=0)
-    assert gpt.generate(PROMPTS, 12, EOT, temperature=3.0, top_k=1) == greedy
-    assert gpt.generate(PROMPTS, 12, EOT, temperature=3.0, top_p=1e-6) == greedy
-
-
-def test_temperature_top_k_and_top_p_do_what_they_say():
-    """Probabilities .5 .3 .15 .05: top_p = .7 needs the first two; top_k = 3 drops the last;
-    temperature 1/2 squares them."""
-    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(4000, 4)
-
-    def shares(temperature=1.0, top_k=0, top_p=1.0):
-        generator = torch.Generator().manual_seed(0)
-        drawn = model_module.sample(logits, temperature, top_k, top_p, generator)
-        return drawn.bincount(minlength=4) / len(logits)
-
-    for options, expected in (
-        (dict(), [0.15, 0.5, 0.05, 0.3]),
-        (dict(top_k=3), [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
-        (dict(top_p=0.7), [0, 0.5 / 0.8, 0, 0.3 / 0.8]),
-        (dict(temperature=0.5), [p * p / 0.365 for p in (0.15, 0.5, 0.05, 0.3)]),
-    ):
-        got = shares(**options)
-        torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=0.03)
-        assert all((share == 0) == (want == 0) for share, want in zip(got, expected))
-
-
-def test_same_seed_same_text_other_seed_other_text():
-    gpt = make_talker()
-    first = gpt.generate(PROMPTS, 12, EOT, temperature=2.0, seed=1)
-    assert first == gpt.generate(PROMPTS, 12, EOT, temperature=2.0, seed=1)
-    assert first != gpt.generate(PROMPTS, 12, EOT, temperature=2.0, seed=2)

@@ -1,7 +1,7 @@
-"""Claims about views.py and its objective: layouts, views, what the JEPA term is taken on."""
+"""Claims about views.py: layouts, rows, batches, views, and what a training step makes of them."""
 
 import contextlib
-import hashlib
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +12,21 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, error_line, sums
 
-import data
-import eval_relations
 import sample
 import train
+from alignment import embed_pairs
 from config import Config, load_config
-from data import as_pair, load_data, read_jsonl
-from model import GPT, block_causal_mask, read_hidden, visible_blocks
-from relations import Facts, relation_facts
-from run import encode_pairs, load_run, read_checkpoint
+from data import load_data
+from generators import relations
+from generators.relations import Facts, Sizes, relation_facts
+from generators.word_problems import word_problems
+from lab import reversal
+from model import block_causal_mask, read_hidden, visible_blocks
+from plumbing.files import read_checkpoint
+from plumbing.jsonl import as_pair
+from plumbing.processes import Processes
+from plumbing.tokenizers import gpt2_tokenizer, train_tokenizer
+from run import FORMAT, load_run, make_model
 from views import (
     AGAIN,
     CODE,
@@ -28,7 +34,8 @@ from views import (
     TARGET,
     TEXT,
     Pairs,
-    layout_of,
+    code_view,
+    columns_of,
     longest_path,
     pred_tokens,
     split_steps,
@@ -36,13 +43,63 @@ from views import (
 )
 
 CPU, NO_AUTOCAST = torch.device("cpu"), contextlib.nullcontext
+TERMS = ("ce", "jepa", "spread", "loss")
 LAYOUTS = {
     "tree": {}, "isolated": {"layout": "isolated"}, "plan": {"layout": "plan"},
-    "reverse": {"direction": "reverse"}, "front": {"pred_place": "front"},
+    "reverse": {"layout": "reverse"}, "front": {"layout": "front"},
 }  # fmt: skip
 WITH_K = [(name, k) for name in LAYOUTS for k in (0, 1, 3) if k or name not in ("plan", "front")]
 LETTERS = {"q": TEXT, "a": CODE, "t": TARGET, "P": PRED, "g": AGAIN}
+PLAIN = dict(jepa_weight=1, spread="none", spread_weight=0)  # the published loss alone
+UNCLIPPED = dict(**PLAIN, grad_clip=0)
 V = 16  # 14 is the separator, 15 end of text; [PRED] are 16, 17, 18
+BATCHES = Config(batch_size=8, block_size=256)
+LANGUAGE_MODEL = (TEXT, CODE)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Tokens of files are kept under out/."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return gpt2_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def problem_bpe():
+    return train_tokenizer([r["answer"] for r in word_problems("train", 200)], 512)
+
+
+@pytest.fixture(scope="module")
+def problems(problem_bpe):
+    """1,001 word problems as Pairs: 125 batches an epoch, and one example left over."""
+    pairs, left_out = fitted(word_problems("train", 1001), problem_bpe, BATCHES)
+    assert left_out == 0
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def many(gpt2):
+    """2,048 word problems in GPT-2's tokens: 128 batches."""
+    return fitted(word_problems("train", 2048), gpt2, Config(batch_size=16))[0]
+
+
+@pytest.fixture(scope="module")
+def few(problem_bpe):
+    """100 rows, their tokenizer and the baseline's Pairs."""
+    rows = word_problems("train", 100)
+    return rows, problem_bpe, fitted(rows, problem_bpe, Config(batch_size=4))[0]
+
+
+def as_pairs(rows):
+    return [as_pair(row) for row in rows]
+
+
+def fitted(rows, tokenizer, config):
+    return tokenize(as_pairs(rows), tokenizer, config)
 
 
 def hand_made(examples, **options):
@@ -53,7 +110,7 @@ def hand_made(examples, **options):
     lengths = np.array([[len(text), len(code), len(code)] for text, code in examples])
     begin = np.cumsum([0] + [len(text) + len(code) for text, code in examples])[:-1]
     starts = np.stack([begin, begin + lengths[:, 0], begin + lengths[:, 0]], 1)
-    config = Config(**{**sizes, **options})
+    config = Config(**{**sizes, **UNCLIPPED, **options})
     return Pairs(np.array(tokens, np.int32), np.array(is_label, bool), starts, lengths,
                  lengths[:, 0], config, V)  # fmt: skip
 
@@ -61,7 +118,7 @@ def hand_made(examples, **options):
 def gpt_for(pairs, seed=0):
     """A tiny float64 model with strong opinions."""
     torch.manual_seed(seed)
-    gpt = GPT(pairs.config, V, pairs.layout.parents).double()
+    gpt = make_model(pairs.config, V).double()
     with torch.no_grad():
         for p in gpt.parameters():
             p.mul_(4 if p.dim() == 2 else 1)
@@ -72,6 +129,27 @@ def gradients(gpt):
     found = {name: p.grad for name, p in gpt.named_parameters() if p.grad is not None}
     gpt.zero_grad()
     return found
+
+
+class Noting:
+    """In an optimizer's place: notes the gradients that it would have used."""
+
+    def __init__(self, gpt):
+        self.gpt = gpt
+
+    def step(self):
+        self.gradients = gradients(self.gpt)
+
+    def zero_grad(self, set_to_none):
+        pass
+
+
+def step_of(gpt, pairs, ema=None):
+    """Terms of the loss and gradients of a training step that leaves the weights as they are."""
+    notes = Noting(gpt)
+    terms = train.train_step(
+        train.Training(pairs, gpt, gpt, ema, notes, NO_AUTOCAST, Processes()), 0)  # fmt: skip
+    return {k: terms[k] for k in terms if k in TERMS}, notes.gradients
 
 
 def assert_close(got, want):
@@ -89,6 +167,212 @@ EXAMPLES = [
     ([5, 9, 2, 14], [11, 3, 8, 15]), ([1, 14], [7, 13, 10, 1, 4, 15]),
     ([8, 3, 12, 4, 2, 14], [6, 15]),
 ]  # fmt: skip
+
+
+# --- rows of the plain tree, drawn by hand ----------------------------------------------------
+# Two pairs of tokens; 8 is the separator, 9 end of text, V = 10, so [PRED] is 10, 11, 12.
+#     1 2 8  |  3 4 9           5 8  |  6 9
+
+Q, A, P, T, _ = TEXT, CODE, PRED, TARGET, 0
+NO = -1  # no label
+
+
+def two_pairs(**settings):
+    tokens = np.array([1, 2, 8, 3, 4, 9, 5, 8, 6, 9], np.int32)
+    is_label = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1, 1], bool) | (settings.get("labels") == "all")
+    return Pairs(tokens, is_label, np.array([[0, 3, 3], [6, 8, 8]]),
+                 np.array([[3, 3, 3], [2, 2, 2]]), np.array([3, 2]), Config(**settings),
+                 vocab_size=10)  # fmt: skip
+
+
+def drawn(rows):
+    """Rows as lists."""
+    return [t.tolist() for t in rows]
+
+
+@pytest.mark.parametrize("n_pred, blocks, idx, block, targets", [
+    (1, LANGUAGE_MODEL,
+     [[1, 2, 8, 3, 4, 9], [5, 8, 6, 9, 0, 0]],
+     [[Q, Q, Q, A, A, A], [Q, Q, A, A, _, _]],
+     [[NO, NO, 3, 4, 9, NO], [NO, 6, 9, NO, NO, NO]]),
+    (1, (TEXT, CODE, PRED),
+     [[1, 2, 8, 3, 4, 9, 10], [5, 8, 6, 9, 10, 0, 0]],
+     [[Q, Q, Q, A, A, A, P], [Q, Q, A, A, P, _, _]],
+     [[NO, NO, 3, 4, 9, NO, NO], [NO, 6, 9, NO, NO, NO, NO]]),
+    (3, (TEXT, CODE, PRED),
+     [[1, 2, 8, 3, 4, 9, 10, 11, 12], [5, 8, 6, 9, 10, 11, 12, 0, 0]],
+     [[Q, Q, Q, A, A, A, P, P, P], [Q, Q, A, A, P, P, P, _, _]],
+     [[NO, NO, 3, 4, 9, NO, NO, NO, NO], [NO, 6, 9, NO, NO, NO, NO, NO, NO]]),
+    (1, (TEXT, CODE, PRED, TARGET),
+     [[1, 2, 8, 3, 4, 9, 10, 3, 4, 9], [5, 8, 6, 9, 10, 6, 9, 0, 0, 0]],
+     [[Q, Q, Q, A, A, A, P, T, T, T], [Q, Q, A, A, P, T, T, _, _, _]],
+     [[NO, NO, 3, 4, 9, NO, NO, NO, NO, NO], [NO, 6, 9, NO, NO, NO, NO, NO, NO, NO]]),
+    (0, (TEXT, CODE, PRED, TARGET),
+     [[1, 2, 8, 3, 4, 9, 3, 4, 9], [5, 8, 6, 9, 6, 9, 0, 0, 0]],
+     [[Q, Q, Q, A, A, A, T, T, T], [Q, Q, A, A, T, T, _, _, _]],
+     [[NO, NO, 3, 4, 9, NO, NO, NO, NO], [NO, 6, 9, NO, NO, NO, NO, NO, NO]]),
+    (1, (TARGET,),
+     [[3, 4, 9], [6, 9, 0]],
+     [[T, T, T], [T, T, _]],
+     [[NO, NO, NO], [NO, NO, NO]]),
+])  # fmt: skip
+def test_rows_are_packed_as_drawn(n_pred, blocks, idx, block, targets):
+    """End of text is a label, or the model would never learn to stop; [PRED], padding and the
+    target carry none, and neither does the separator."""
+    rows = two_pairs(n_pred=n_pred).pack(np.array([0, 1]), blocks)
+    assert drawn(rows) == [idx, block, targets]
+
+
+def test_labels_all_adds_the_question_and_nothing_else():
+    rows = two_pairs(labels="all", n_pred=2).pack(np.array([0, 1]), (TEXT, CODE, PRED, TARGET))
+    assert drawn(rows)[2] == [[2, 8, 3, 4, 9, NO, NO, NO, NO, NO, NO],
+                              [8, 6, 9, NO, NO, NO, NO, NO, NO, NO, NO]]  # fmt: skip
+
+
+def test_rows_come_in_the_order_asked_for():
+    rows = two_pairs().pack(np.array([1, 0, 1]), LANGUAGE_MODEL)
+    assert rows.idx[:, 0].tolist() == [5, 1, 5]
+    alone = two_pairs().pack(np.array([1]), LANGUAGE_MODEL)
+    assert drawn(alone)[0] == [[5, 8, 6, 9]]  # a batch is as wide as its own longest row
+
+
+def test_real_token_zero_is_not_padding(gpt2):
+    """GPT-2's token 0 is "!": padding is known by its block, so "!" keeps its block and label."""
+    pairs, _ = fitted([{"question": "!", "answer": "!!"}, {"question": "a", "answer": "!"}],
+                             gpt2, Config())  # fmt: skip
+    rows = pairs.pack(np.array([1]), LANGUAGE_MODEL)
+    assert drawn(rows) == [[[64, gpt2.sep, 0, gpt2.eot]], [[Q, Q, A, A]],
+                           [[NO, 0, gpt2.eot, NO]]]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer_view, code", [
+    ("full", "He has 2+3 = <<2+3=5>>5.\n#### 5"), ("final", "5"),
+])  # fmt: skip
+def test_views_end_in_their_marks(answer_view, code, bpe):
+    row = {"question": "How many?", "answer": "He has 2+3 = <<2+3=5>>5.\n#### 5"}
+    pairs, left_out = fitted([row], bpe, Config(answer_view=answer_view))
+    assert pairs.view(0, TEXT) == [*bpe.encode(["How many?"])[0], bpe.sep]
+    assert pairs.view(0, CODE) == [*bpe.encode([code])[0], bpe.eot]
+    assert left_out == 0
+
+
+def test_final_view_is_what_follows_the_last_marks():
+    assert code_view("#### 1\n#### 1,234 ", "final") == "1,234"
+    assert code_view("no marks", "final") == "no marks"
+
+
+@pytest.mark.parametrize("n_pred", [0, 1, 40])
+def test_too_long_examples_are_left_out_whole_and_counted(n_pred, bpe):
+    """A path is question + answer or question + [PRED], whichever is longer: exactly block_size
+    fits."""
+    rows = word_problems("train", 50)
+    full, _ = fitted(rows, bpe, Config(block_size=10_000))
+    path = np.maximum(full.lengths[:, :2].sum(1), full.lengths[:, 0] + n_pred)
+    limit = sorted(path)[25]
+    pairs, left_out = fitted(rows, bpe, Config(block_size=limit, n_pred=n_pred))
+    kept = np.flatnonzero(path <= limit)
+    assert 0 < left_out == 50 - len(kept)
+    assert [pairs.view(i, TEXT) + pairs.view(i, CODE) for i in range(len(pairs))] == [
+        full.view(i, TEXT) + full.view(i, CODE) for i in kept
+    ]
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(problems):
+    steps = [0, 300, 3, 124, 125, 1, 300, 0]
+    jumping = [replace(problems).batch(s).tolist() for s in steps]
+    one_object = [problems.batch(s).tolist() for s in steps]
+    in_order = {s: problems.batch(s).tolist() for s in range(301)}
+    assert jumping == one_object == [in_order[s] for s in steps]
+
+
+def test_an_epoch_holds_every_example_at_most_once(problems):
+    B = BATCHES.batch_size
+    per_epoch = len(problems) // B
+    orders = []
+    for epoch in range(2):
+        order = np.concatenate(
+            [problems.batch(s) for s in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
+        )
+        assert len(order) == 1000
+        assert len(set(order.tolist())) == len(order)
+        assert order.min() >= 0 and order.max() < 1001
+        orders.append(order.tolist())
+    assert orders[0] != orders[1]
+    assert set(orders[0]) != set(orders[1])  # the one left over comes later
+
+
+def test_another_seed_gives_another_order(problems):
+    other = replace(problems, config=replace(BATCHES, seed=1))
+    assert problems.batch(0).tolist() != other.batch(0).tolist()
+
+
+@pytest.mark.parametrize("change", [
+    {"jepa_weight": 0.0}, {"jepa_weight": 4.0}, {"stop_grad": True}, {"n_pred": 0}, {"n_pred": 4},
+    {"jepa_dropout": 0.5}, {"jepa_loss": "mse"}, {"spread": "vicreg", "spread_weight": 0.1},
+    {"n_layer": 2}, {"labels": "all"}, {"max_iters": 9}, {"gradient_accumulation_steps": 4},
+])  # fmt: skip
+def test_batches_are_those_of_the_baseline(change, few):
+    """Two runs that differ in the objective see the same examples at the same step."""
+    rows, bpe, baseline = few
+    changed, _ = fitted(rows, bpe, replace(baseline.config, **change))
+    for step in (0, 40):
+        assert changed.batch(step).tolist() == baseline.batch(step).tolist()
+
+
+@pytest.mark.parametrize("blocks", [LANGUAGE_MODEL, (TEXT, CODE, PRED, TARGET), (TARGET,)])
+def test_sorting_by_length_leaves_little_padding(blocks, many):
+    """In rows of the language model, in full ones, and in those of a target on its own."""
+    used, total = 0, 0
+    for step in range(len(many) // 16):
+        block = many.pack(many.batch(step), blocks).block
+        used += (block != 0).sum().item()
+        total += block.numel()
+    assert used > 0.95 * total
+
+
+def test_lengths_are_mixed_over_an_epoch(problems):
+    """Batches are sorted by length inside, not one after the other: no curriculum."""
+    per_epoch = len(problems) // BATCHES.batch_size
+    width = [problems.lengths[problems.batch(s)].sum(1).mean() for s in range(per_epoch)]
+    assert abs(np.corrcoef(np.arange(per_epoch), width)[0, 1]) < 0.2
+
+
+# --- a part of the examples -------------------------------------------------------------------
+
+
+def test_examples_are_taken_with_all_that_is_known_of_them(bpe):
+    """Lengths, question and row of origin, too, of examples some of which were left out before."""
+    rows = as_pairs({"question": "How many?" * (1 + i % 4), "answer": GSM8K[: 15 + 25 * i % 61]}
+                    for i in range(12))  # fmt: skip
+    for views in ("pairs", "steps", "steps_random"):
+        config = Config(views=views, block_size=1000)
+        path = longest_path(tokenize(rows, bpe, config)[0].lengths, config)
+        pairs, left_out = tokenize(rows, bpe, replace(config, block_size=np.sort(path)[8]))
+        assert 0 < left_out <= 3 and pairs.source_row.tolist() != list(range(len(pairs)))
+        at = np.array([7, 0, 5, 2])
+        taken = pairs.take(at)
+        assert len(taken) == 4 and taken.config is pairs.config
+        for name in ("starts", "lengths", "question_length", "source_row"):
+            assert np.array_equal(getattr(taken, name), getattr(pairs, name)[at]), name
+        for new, old in enumerate(at):
+            assert taken.question(new) == pairs.question(old)
+            assert taken.answer(new) == pairs.answer(old)
+            assert [taken.view(new, b) for b in (TEXT, CODE, TARGET)] == [
+                pairs.view(old, b) for b in (TEXT, CODE, TARGET)]  # fmt: skip
+            row = rows[taken.source_row[new]]
+            assert bpe.decode(taken.question(new)) == row["text"]
+            assert bpe.decode(taken.answer(new)) == row["code"]
+
+
+def test_a_part_plans_its_own_batches(problems):
+    """Not those of the whole, which it was taken from after an epoch was planned."""
+    problems.batch(0)
+    part = problems.take(np.arange(20))
+    assert sorted(part.batch(0).tolist() + part.batch(1).tolist())[-1] < 20
+    assert hand_made(EXAMPLES).take(np.array([2, 0])).source_row is None
 
 
 # --- rows, drawn by hand ----------------------------------------------------------------------
@@ -162,7 +446,7 @@ def test_a_token_changes_exactly_what_the_table_says(name, k):
     pairs = hand_made(EXAMPLES[:2], n_pred=k, **LAYOUTS[name])
     idx, block, _ = pairs.pack(np.array([0, 1]), pairs.layout.row)
     gpt = gpt_for(pairs)
-    before = gpt.hidden(idx, block)
+    before = gpt.everywhere(idx, block)
     for letter, seen_by in SEEN_BY[name].items():
         columns = (block[0] == LETTERS[letter]).nonzero()[:, 0].tolist()
         assert columns or (letter, k) == ("P", 0)
@@ -174,7 +458,7 @@ def test_a_token_changes_exactly_what_the_table_says(name, k):
                 changed = idx
                 with torch.no_grad():
                     gpt.pred.weight[idx[0, column] - V] += 0.1
-            changes = (gpt.hidden(changed, block) != before).any(-1)
+            changes = (gpt.everywhere(changed, block) != before).any(-1)
             gpt.load_state_dict(weights)
             expected = torch.isin(block[0], torch.tensor([LETTERS[b] for b in seen_by]))
             expected &= (block[0] != LETTERS[letter]) | (torch.arange(idx.size(1)) >= column)
@@ -197,7 +481,7 @@ PASSES = {
 def causal(gpt, tokens):
     """Hidden states (T, C) of a plain causal row: one block."""
     idx = torch.tensor([tokens])
-    return gpt.hidden(idx, torch.ones_like(idx))[0]
+    return gpt.everywhere(idx, torch.ones_like(idx))[0]
 
 
 def separate_passes(gpt, name, k, keep=None, detach=False, mean=False):
@@ -206,7 +490,7 @@ def separate_passes(gpt, name, k, keep=None, detach=False, mean=False):
     for i, (q, a) in enumerate(EXAMPLES):
         lm, text, enc = PASSES[name](q, [V + j for j in range(k)], a)
         n = len(a) - (name == "isolated")  # its first token has nothing to be predicted from
-        logits = causal(gpt, lm)[-n - 1 : -1] @ gpt.wte.weight.T
+        logits = gpt.logits(causal(gpt, lm)[-n - 1 : -1])
         ce = ce + F.cross_entropy(logits, torch.tensor(a[-n:]), reduction="sum")
         n_labels += n
         if keep is None or keep[i]:
@@ -222,7 +506,7 @@ def test_the_packed_row_equals_separate_passes_in_hidden_states(name, k):
     pairs = hand_made(EXAMPLES, n_pred=k, **LAYOUTS[name])
     gpt, layout = gpt_for(pairs), pairs.layout
     rows = pairs.pack(np.arange(3), layout.row)
-    hidden = gpt.hidden(rows.idx, rows.block)
+    hidden = gpt.everywhere(rows.idx, rows.block)
     for which in (layout.pred, layout.enc):
         read = read_hidden(hidden, rows.block, which)
         for i, (q, a) in enumerate(EXAMPLES):
@@ -248,8 +532,7 @@ def test_a_step_equals_separate_passes_in_losses_and_gradients(name, k, options)
     weights = dict(ce_weight=0.5, jepa_weight=2.0)
     pairs = hand_made(EXAMPLES, n_pred=k, **weights, **LAYOUTS[name], **options)
     gpt = gpt_for(pairs)
-    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
-    got = gradients(gpt)
+    terms, got = step_of(gpt, pairs)
     stops, mean = "stop_grad" in options, "pooling" in options
     ce, jepa = separate_passes(gpt, name, k, detach=stops, mean=mean)
     loss = 0.5 * ce + 2 * jepa
@@ -275,7 +558,7 @@ def test_the_longest_path_is_the_last_position(name, k):
 def test_held_out_pairs_are_read_as_in_training(name, k):
     pairs = hand_made(EXAMPLES, n_pred=k, **LAYOUTS[name])
     gpt = gpt_for(pairs)
-    ce, pred, target = encode_pairs(gpt, pairs, 9, CPU, NO_AUTOCAST)
+    ce, pred, target = embed_pairs(gpt, pairs, 9, NO_AUTOCAST)
     want_ce, want_jepa = separate_passes(gpt, name, k)
     assert ce == pytest.approx(want_ce.item(), rel=1e-5)
     got = (1 - F.cosine_similarity(pred, target)).mean()
@@ -288,21 +571,20 @@ def test_our_one_row_equals_the_official_two(k):
     here with the positions of the second reset. Same weights: same losses, same gradients."""
     pairs = hand_made(EXAMPLES, n_pred=k)
     gpt = gpt_for(pairs)
-    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
-    got = gradients(gpt)
+    terms, got = step_of(gpt, pairs)
 
     nll, jepa = [], []
     for q, a in EXAMPLES:
         n, text = len(q) + len(a), len(q) + k
         mask = torch.ones(1, n, n, dtype=torch.bool).tril()
-        hidden = gpt.encode(torch.tensor([q + a]), torch.arange(n)[None], mask)[0]
-        log_p = (hidden @ gpt.wte.weight.T).log_softmax(-1)
+        hidden = gpt.layers(gpt.embed(torch.tensor([q + a])), torch.arange(n)[None], mask)[0]
+        log_p = gpt.logits(hidden).log_softmax(-1)
         nll += [-log_p[len(q) + i - 1, token] for i, token in enumerate(a)]
 
         idx = torch.tensor([q + [V + i for i in range(k)] + a])
         halves = torch.block_diag(torch.ones(text, text).tril(), torch.ones(len(a), len(a)).tril())
         positions = torch.tensor([[*range(text), *range(len(a))]])
-        hidden = gpt.encode(idx, positions, halves.bool()[None])[0]
+        hidden = gpt.layers(gpt.embed(idx), positions, halves.bool()[None])[0]
         pred, enc = hidden[text - 1], hidden[-1]
         jepa.append(1 - pred @ enc / (pred.norm() * enc.norm()))
     ce, jepa = torch.stack(nll).mean(), torch.stack(jepa).mean()
@@ -356,14 +638,15 @@ def test_blank_lines_are_part_of_a_step_and_none_by_themselves(kind):
 @pytest.fixture(scope="module")
 def bpe():
     texts = [GSM8K, *(row["answer"] for row in sums(30))]
-    return data.train_tokenizer(texts, 320)
+    return train_tokenizer(texts, 320)
 
 
 STEPS = dict(views="steps", n_layer=2, n_head=2, n_embd=32, block_size=300)
+RANDOM = {**STEPS, "views": "steps_random"}
 
 
 def tokenized(rows, bpe, **options):
-    pairs, left_out = tokenize([as_pair(row) for row in rows], bpe, Config(**options))
+    pairs, left_out = tokenize(as_pairs(rows), bpe, Config(**options))
     assert left_out == 0
     return pairs
 
@@ -384,10 +667,24 @@ def test_the_first_step_predicts_the_second(bpe):
     assert pairs.view(0, TEXT)[len(bpe.encode(["How many?"])[0])] == bpe.sep
 
 
+def test_a_random_pair_of_two_steps_is_the_first_one(bpe):
+    """With two steps there is one pair of neighbours: views=steps and steps_random agree."""
+    rows = [{"question": "How many?", "answer": "one\ntwo\n#### 2"}] * 5
+    first, random = (tokenized(rows, bpe, **options) for options in (STEPS, RANDOM))
+    assert [shown(random, i, bpe) for i in range(5)] == [shown(first, 0, bpe)] * 5
+
+
+def test_a_random_pair_of_steps_is_drawn_by_the_rows_number(bpe):
+    """A row that follows others, in a later chunk of a file, draws as it does among all of them."""
+    whole = columns_of(as_pairs(step_rows(40)), bpe, Config(**RANDOM))
+    tail = columns_of(as_pairs(step_rows(15)), bpe, Config(**RANDOM), first=25)
+    assert np.array_equal(tail.lengths, whole.lengths[25:])
+    assert not np.array_equal(tail.lengths, whole.lengths[:15])
+
+
 def test_a_random_pair_of_steps_is_any_neighbouring_one_and_stays_the_same(bpe):
-    options = dict(**STEPS, step_pair="random")
-    pairs = tokenized(step_rows(40), bpe, **options)
-    again = tokenized(step_rows(40), bpe, **options)
+    pairs = tokenized(step_rows(40), bpe, **RANDOM)
+    again = tokenized(step_rows(40), bpe, **RANDOM)
     steps, found = ANSWERS["lines"][1], []
     for i in range(40):
         text, rest, target = shown(pairs, i, bpe)
@@ -397,17 +694,16 @@ def test_a_random_pair_of_steps_is_any_neighbouring_one_and_stays_the_same(bpe):
         assert text == "How many?" + "".join(steps[:at])
         found.append(at)
     assert set(found) == {1, 2} and 8 < found.count(1) < 32
-    other = tokenized(step_rows(40), bpe, **options, seed=1)
+    other = tokenized(step_rows(40), bpe, **RANDOM, seed=1)
     assert any(shown(other, i, bpe) != shown(pairs, i, bpe) for i in range(40))
 
 
 @pytest.mark.parametrize("kind", [*ANSWERS, *BLANKS])
-@pytest.mark.parametrize("step_pair", ["first", "random"])
-def test_labels_of_steps_are_the_whole_answer_and_end_of_text(kind, step_pair, bpe):
-
+@pytest.mark.parametrize("options", [STEPS, RANDOM], ids=["first", "random"])
+def test_labels_of_steps_are_the_whole_answer_and_end_of_text(kind, options, bpe):
     code = ANSWERS[kind][0] if kind in ANSWERS else BLANKS[kind]
-    at = np.arange(8 if step_pair == "random" else 1)
-    pairs = tokenized([{"text": "How?", "code": code}] * len(at), bpe, **STEPS, step_pair=step_pair)
+    at = np.arange(8 if options == RANDOM else 1)
+    pairs = tokenized([{"text": "How?", "code": code}] * len(at), bpe, **options)
     packed = pairs.pack(at, pairs.layout.row, pairs.has_target(at))
     for i in at:
         labels = packed.targets[i][packed.targets[i] != -1].tolist()
@@ -420,7 +716,7 @@ def test_examples_with_two_steps_are_counted(tmp_path, bpe, capsys):
     rows = [*step_rows(30), *({"question": f"Why {i}?", "answer": "so\n#### 5"} for i in range(10))]
     path = tmp_path / "some.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = load_data(Config(dataset=str(path), **STEPS), bpe).pairs
+    pairs = load_data(Config(dataset=str(path), tokenizer="bpe", **STEPS), bpe).pairs
     n = {s: len([i for i in range(len(p)) if p.view(i, TARGET)]) for s, p in pairs.items()}
     assert sum(n.values()) == 30 and len(pairs["train"]) == 36
     line = f"with a JEPA term: train {n['train']} of 36, val {n['val']} of 4"
@@ -429,18 +725,17 @@ def test_examples_with_two_steps_are_counted(tmp_path, bpe, capsys):
 
 def test_examples_without_two_steps_train_cross_entropy_only(bpe):
     rows = [*step_rows(2), {"question": "Why?", "answer": "so\n#### 5"}]
-    pairs = tokenized(rows, bpe, **STEPS, batch_size=3)
+    pairs = tokenized(rows, bpe, **STEPS, **UNCLIPPED, batch_size=3)
     assert pairs.lengths[:, TARGET - 1].tolist() == [*pairs.lengths[:2, TARGET - 1], 0]
     assert pairs.has_target(np.arange(3)).tolist() == [True, True, False]
     assert pairs.with_jepa(np.arange(3), 0, 0).tolist() == [True, True, False]
-    gpt = GPT(pairs.config, bpe.vocab_size, pairs.layout.parents).double()
-    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
-    got = gradients(gpt)
+    gpt = make_model(pairs.config, bpe.vocab_size).double()
+    terms, got = step_of(gpt, pairs)
     ce, n_labels, jepa = 0.0, 0, []
     for i, row in enumerate(rows):
         text, code, target = (pairs.view(i, b) for b in (TEXT, CODE, TARGET))
         start = len(bpe.encode([row["question"]])[0]) + 1
-        logits = causal(gpt, text + code)[start - 1 : -1] @ gpt.wte.weight.T
+        logits = gpt.logits(causal(gpt, text + code)[start - 1 : -1])
         labels = torch.tensor([*text, *code][start:])
         ce = ce + F.cross_entropy(logits, labels, reduction="sum")
         n_labels += len(labels)
@@ -452,27 +747,30 @@ def test_examples_without_two_steps_train_cross_entropy_only(bpe):
     assert (terms["ce"], terms["jepa"]) == pytest.approx((ce.item(), jepa.item()), rel=1e-5)
     assert_close(got, gradients(gpt))
 
-    _, pred, target = encode_pairs(gpt, pairs, 3, CPU, NO_AUTOCAST)
+    _, pred, target = embed_pairs(gpt, pairs, 3, NO_AUTOCAST)
     assert pred.shape == target.shape == (2, 32)
-    alone = tokenized(rows[2:], bpe, **STEPS, batch_size=1)
-    terms, *_ = train.forward_backward(gpt, alone, 0, CPU, NO_AUTOCAST)
+    alone = tokenized(rows[2:], bpe, **STEPS, **UNCLIPPED, batch_size=1)
+    terms, _ = step_of(gpt, alone)
     assert set(terms) == {"ce", "loss"} and terms["loss"] == terms["ce"] > 0
     assert set(alone.pack(np.array([0]), alone.layout.row, False).block.unique().tolist()) == {1, 2}
 
 
 def test_steps_of_data_without_steps_are_one_line(tmp_path, bpe, capsys):
     path = write(tmp_path / "mine.jsonl", [{"text": f"a{i}", "code": f"b{i}"} for i in range(40)])
-    with pytest.raises(SystemExit):
-        load_data(Config(dataset=path, views="steps"), bpe)
-    assert "step" in capsys.readouterr().err
+    for views in ("steps", "steps_random"):
+        config = Config(dataset=path, tokenizer="bpe", views=views)
+        assert "0 validation pairs with two steps" in error_line(capsys, load_data, config, bpe)
 
 
 def test_generation_from_steps_starts_at_the_question(bpe):
-    pairs = tokenized(step_rows(), bpe, **STEPS)
-    assert pairs.prompt(0) == [*bpe.encode(["How many?"])[0], bpe.sep]
+    for options in (STEPS, RANDOM):
+        pairs = tokenized(step_rows(9), bpe, **options)
+        for i in range(9):
+            assert pairs.prompt(i) == [*bpe.encode(["How many?"])[0], bpe.sep]
+            assert bpe.decode(pairs.answer(i)) == GSM8K
 
 
-# --- rows of data in three forms --------------------------------------------------------------
+# --- system prompts ---------------------------------------------------------------------------
 
 
 def chat(*turns):
@@ -482,43 +780,6 @@ def chat(*turns):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-@pytest.mark.parametrize("row, text, code, system", [
-    ({"question": "q", "answer": "a", "id": 7}, "q", "a", ""),
-    ({"text": "t", "code": "c"}, "t", "c", ""),
-    (chat(("system", "s"), ("user", "u"), ("assistant", "a")), "u", "a", "s"),
-    (chat(("user", "u"), ("assistant", "a")), "u", "a", ""),
-    (chat(("system", ""), ("user", "u"), ("assistant", "a")), "u", "a", ""),
-    (chat(("system", "s"), ("user", "u"), ("assistant", "b"), ("user", "v"), ("assistant", "a")),
-     "u\nb\nv", "a", "s"),
-])  # fmt: skip
-def test_every_form_of_a_row_becomes_a_pair(row, text, code, system):
-    assert as_pair(row) == {"text": text, "code": code, "system": system}
-
-
-@pytest.mark.parametrize("row", [
-    chat(("user", "u")), chat(("assistant", "a"), ("user", "u")), chat(("system", "s")), chat(),
-    chat(("assistant", "a")), chat(("system", "s"), ("assistant", "a")),
-    chat(("user", " "), ("assistant", "a")), chat(("user", "u"), ("assistant", "")),
-    {"messages": None}, {"messages": "user"}, {"messages": [{"role": "user"}]},
-    {"messages": [{"content": "u"}, {"content": "a"}]}, {"messages": {"role": "user"}},
-    chat(("user", ["u"]), ("assistant", "a")),
-    chat(("system", 5), ("user", "u"), ("assistant", "a")),
-    chat(("user", "u"), ("assistant", ["a"])),
-    chat(("user", "u"), ("assistant", None)),
-    {"text": 5, "code": "c"},
-    {"question": "q", "code": "c"}, {"prompt": "q", "completion": "a"}, {},
-    {"text": "", "code": "c"}, {"text": "t", "code": "\n"}, {"text": "t", "code": "\ud83d"},
-    ["text", "code"], "text", 5,
-])  # fmt: skip
-def test_a_row_that_is_no_pair_is_left_out(row, tmp_path):
-    good = {"text": "t", "code": "c"}
-    path = tmp_path / "mine.jsonl"
-    write(path, [good, row, good])
-    assert list(read_jsonl(path, "skip")) == [as_pair(good)] * 2
-    with pytest.raises(SystemExit):
-        read_jsonl(path, "error")
 
 
 SYSTEM = chat(("system", "Be brief."), ("user", "How many?"), ("assistant", "5"))
@@ -559,44 +820,6 @@ def test_isolated_layout_has_no_place_for_a_system_prompt(bpe):
     assert "Be brief" not in "".join(bpe.decode(pairs.view(0, b)) for b in (TEXT, CODE, TARGET))
 
 
-def test_a_jsonl_file_is_a_data_set(tmp_path, capsys):
-    forms = [
-        lambda i: {"question": f"q{i}?", "answer": f"a{i}", "id": i},
-        lambda i: {"text": f"q{i}?", "code": f"a{i}"},
-        lambda i: chat(("system", "s"), ("user", f"q{i}?"), ("assistant", f"a{i}")),
-    ]
-    path = tmp_path / "mine.jsonl"
-    write(path, [forms[i % 3](i) for i in range(60)])
-    config = load_config([f"--dataset={path}", "--tokenizer=bpe", "--bpe_vocab_size=320",
-                          "--system_prompt=drop"])  # fmt: skip
-    loaded = load_data(config)
-    assert {split: len(pairs) for split, pairs in loaded.pairs.items()} == {"train": 54, "val": 6}
-    found = []
-    for pairs in loaded.pairs.values():
-        for i in range(len(pairs)):
-            text, code, target = shown(pairs, i, loaded.tokenizer)
-            assert target == code
-            found.append((text, code))
-    assert sorted(found) == sorted((f"q{i}?", f"a{i}") for i in range(60))  # every row, once
-    p = loaded.provenance
-    assert (p["dataset"], p["source"], p["train_rows"], p["val_rows"]) == ("mine", str(path), 54, 6)
-    assert p["train_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert f"data mine from {path}: train 54, val 6 pairs" in capsys.readouterr().out
-    for bad in (tmp_path / "none.jsonl", "nosuch"):
-        with pytest.raises(SystemExit):
-            load_data(Config(dataset=str(bad)))
-
-
-def test_regexes_are_a_data_set_with_three_splits(monkeypatch, bpe):
-    real = data.regex_pairs
-    monkeypatch.setattr(
-        data, "regex_pairs", lambda split, n, **options: real(split, n // 100, **options))
-    loaded = load_data(Config(dataset="regex"), bpe)
-    assert {s: len(p) for s, p in loaded.pairs.items()} == {"train": 80, "val": 5, "test": 10}
-    row = real("train", 1)[0]
-    assert shown(loaded.pairs["train"], 0, bpe) == [row["text"], row["code"], row["code"]]
-
-
 # --- which examples carry the JEPA term -------------------------------------------------------
 
 
@@ -632,8 +855,7 @@ def test_dropped_examples_have_plain_rows_and_the_loss_is_the_mean_of_the_others
     assert kinds == [set(pairs.layout.row), plain, plain]
 
     gpt = gpt_for(pairs)
-    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST)
-    got = gradients(gpt)
+    terms, got = step_of(gpt, pairs)
     passes = [separate_passes(gpt, name, 1, keep[m], detach=stop_grad) for m in (0, 1)]
     ce, jepa = passes[0][0], (passes[0][1] + 2 * passes[1][1]) / 3
     (ce + jepa).backward()
@@ -645,27 +867,27 @@ def test_dropped_examples_have_plain_rows_and_the_loss_is_the_mean_of_the_others
 
 
 def checkpoint(folder="out/tiny"):
-    return read_checkpoint(Path(folder) / "ckpt.pt")
+    return read_checkpoint(Path(folder) / "ckpt.pt", FORMAT)
 
 
 def test_targets_come_from_the_average_of_the_weights(tiny_run):
     """Three steps written out."""
-    options = dict(ema=0.7, max_iters=3, jepa_weight=2, learning_rate=0.01)
+    options = {**PLAIN, **dict(ema=0.7, max_iters=3, jepa_weight=2, learning_rate=0.01)}
     tiny_run(**options)
     saved = checkpoint()
     config = load_config(TINY + [f"--{key}={value}" for key, value in options.items()])
     loaded = load_data(config)
     pairs = loaded.pairs["train"]
     torch.manual_seed(config.seed)
-    model, average = (GPT(config, loaded.tokenizer.vocab_size, pairs.layout.parents) for _ in "12")
+    model, average = (make_model(config, loaded.tokenizer.vocab_size) for _ in "12")
     average.load_state_dict(model.state_dict())
     optimizer = train.make_optimizer(model, config)
     for step in range(3):
         row = pairs.pack(pairs.batch(step), (TEXT, CODE, PRED))
         own = pairs.pack(pairs.batch(step), (TARGET,))
-        hidden, ce = model(*row)
+        hidden, ce = model(row, row.block != 0)
         pred = read_hidden(hidden, row.block, PRED)
-        target = read_hidden(average(own.idx, own.block)[0], own.block, TARGET).detach()
+        target = read_hidden(average.everywhere(own.idx, own.block), own.block, TARGET).detach()
         jepa = (1 - F.cosine_similarity(pred, target)).mean()
         (ce / (row.targets != -1).sum() + 2 * jepa).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -686,9 +908,9 @@ def test_targets_come_from_the_average_of_the_weights(tiny_run):
 def test_the_average_gets_no_gradient_and_replaces_the_target_only(name):
     pairs = hand_made(EXAMPLES, ema=0.9, **LAYOUTS[name])
     gpt, average = gpt_for(pairs), gpt_for(pairs, seed=1).requires_grad_(False)
-    terms, *_ = train.forward_backward(gpt, pairs, 0, CPU, NO_AUTOCAST, average)
-    got = gradients(gpt)
-    assert all(p.grad is None for p in average.parameters())
+    moving = copy.deepcopy(average)
+    terms, got = step_of(gpt, pairs, moving)
+    assert all(p.grad is None for p in moving.parameters())
     ce, _ = separate_passes(gpt, name, 1)
     jepa = []
     for q, a in EXAMPLES:
@@ -735,10 +957,14 @@ def test_a_prompt_ends_in_pred_tokens_in_the_plan_layout_only(name, k):
 
 @pytest.fixture
 def given(monkeypatch):
-    """The prompts that GPT.generate is given, as they come."""
-    prompts, real = [], GPT.generate
-    monkeypatch.setattr(
-        GPT, "generate", lambda self, new, *a, **k: prompts.extend(new) or real(self, new, *a, **k))
+    """The prompts that sample.py has continued, as they come."""
+    prompts, real = [], sample.generate
+
+    def generate(trunk, new, *rest):
+        prompts.extend(new)
+        return real(trunk, new, *rest)
+
+    monkeypatch.setattr(sample, "generate", generate)
     return prompts
 
 
@@ -776,10 +1002,14 @@ def test_a_prompt_stands_where_questions_stood_in_training(
 
 def test_samples_of_steps_and_of_running_text(tiny_run, given, capsys):
     """Of steps, the right answer is all that follows the question; running text has no end mark."""
-    tiny_run(views="steps", max_iters=1)
-    sample.main([*SAMPLE, "--num_samples=3"])
-    printed = capsys.readouterr().out
-    assert all(f"--- right answer\n{row['answer']}" in printed for row in sums(3, 500))
+    for views in ("steps", "steps_random"):
+        tiny_run(views=views, max_iters=1)
+        sample.main([*SAMPLE, "--num_samples=3"])
+        printed = capsys.readouterr().out
+        assert all(f"--- right answer\n{row['answer']}" in printed for row in sums(3, 500))
+        sample.main([*SAMPLE, "--num_samples=1", "--prompt=What is"])
+        tokenizer = load_run(Path("out/tiny"), CPU).tokenizer
+        assert given[-1] == [*tokenizer.encode(["What is"])[0], tokenizer.sep]
     tiny_run(views="split", labels="all", max_iters=1)
     sample.main([*SAMPLE, "--prompt=What is"])
     assert given[-1] == load_run(Path("out/tiny"), CPU).tokenizer.encode(["What is"])[0]
@@ -788,17 +1018,18 @@ def test_samples_of_steps_and_of_running_text(tiny_run, given, capsys):
 def test_a_run_on_one_kind_of_facts_is_asked_in_its_own_words(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
+    monkeypatch.setitem(relations.SIZES, "relations", Sizes(10, 500, 90, 0, 900))
     train.main([*TINY, "--dataset=relations", "--views=facts", "--tokenizer=words", "--max_iters=1",
-                "--n_train_facts=0", "--n_atomic_entities=90", "--jepa_weight=0"])  # fmt: skip
-    eval_relations.main(["out/tiny", "--device=cpu", "--dtype=float32"])
+                "--jepa_weight=0"])  # fmt: skip
+    reversal.main(["out/tiny", "--device=cpu", "--dtype=float32"])
     facts = json.loads(Path("out/tiny/relations.json").read_text())["facts"]
     assert set(facts) == {"atomic", "held_out"}
     for prompt in (" a3 b4  r2", "a3 b4 r2"):
         sample.main([*SAMPLE, f"--prompt={prompt}"])
         assert "a3 b4" in capsys.readouterr().out
-    for prompt in ("hello", "a3 b4 x", " "):
+    for prompt, named in (("hello", "no word hello"), ("a3 b4 x", "no word x"), (" ", "0 tokens")):
         line = error_line(capsys, sample.main, [*SAMPLE, f"--prompt={prompt}"])
-        assert "must be words that" in line
+        assert named in line and "out/tiny" in line
     for wrong in ("--seed=99999999999999999999", "--temperature=nan", "--temperature=inf"):
         assert wrong[2:6] in error_line(capsys, sample.main, [*SAMPLE, wrong])
 
@@ -811,7 +1042,7 @@ def test_running_text_is_cut_into_blocks_and_each_block_in_two(bpe, tmp_path):
     lines = [f"Line {i}: {i} and {i * i}.\n" for i in range(400)]
     path.write_text("".join(lines))
     config = Config(dataset=str(path), views="split", labels="all", jepa_split=0.25, block_size=32,
-                    batch_size=4)  # fmt: skip
+                    batch_size=4, tokenizer="bpe")  # fmt: skip
     pairs = load_data(config, bpe).pairs
     ids = [t for line in bpe.encode(lines[:360]) for t in line]  # the last tenth is held out
     joined = [t for i in range(len(pairs["train"])) for b in (TEXT, CODE)
@@ -831,32 +1062,37 @@ def test_split_row_equals_three_passes_of_the_notebook(bpe, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(f"Line {i}: {i} and {i * i}.\n" for i in range(400)))
     config = Config(dataset=str(path), views="split", labels="all", block_size=32, batch_size=2,
-                    n_pred=2, n_layer=2, n_head=2, n_embd=32)  # fmt: skip
+                    n_pred=2, n_layer=2, n_head=2, n_embd=32, tokenizer="bpe")  # fmt: skip
     pairs = load_data(config, bpe).pairs["train"]
     torch.manual_seed(0)
-    gpt = GPT(config, bpe.vocab_size, pairs.layout.parents).double()
+    gpt = make_model(config, bpe.vocab_size).double()
     row = pairs.pack(np.array([5]), pairs.layout.row)
-    hidden, ce = gpt(*row)
+    hidden, ce = gpt(row, row.block != 0)
     first, second = pairs.view(5, TEXT), pairs.view(5, CODE)
 
     def alone(tokens):
         idx = torch.tensor([tokens])
-        return gpt.hidden(idx, torch.ones_like(idx))
+        return gpt.everywhere(idx, torch.ones_like(idx))
 
     pred, enc = alone([*first, bpe.vocab_size, bpe.vocab_size + 1])[0, -1], alone(second)[0, -1]
     torch.testing.assert_close(read_hidden(hidden, row.block, pairs.layout.pred)[0], pred)
     torch.testing.assert_close(read_hidden(hidden, row.block, pairs.layout.enc)[0], enc)
-    logits = gpt.lm_head(alone(first + second)[0, :-1])
+    logits = gpt.logits(alone(first + second)[0, :-1])
     want = F.cross_entropy(logits, torch.tensor((first + second)[1:]), reduction="sum")
     torch.testing.assert_close(ce.double(), want, rtol=1e-5, atol=1e-4)
 
 
-FACTS = dict(dataset="relations", views="facts", tokenizer="words", n_relations=3,
-             n_train_entities=20, n_atomic_entities=16, n_train_facts=40, n_atomic_facts=30,
-             block_size=16, batch_size=8, n_layer=2, n_head=2, n_embd=32)  # fmt: skip
+FACTS = dict(dataset="relations", views="facts", tokenizer="words", block_size=16, batch_size=8,
+             n_layer=2, n_head=2, n_embd=32)  # fmt: skip
 
 
-def test_facts_are_labelled_on_the_answer_and_predict_their_inverse():
+@pytest.fixture
+def few_facts(monkeypatch):
+    """3 relations, 20 entities with 40 facts in both directions, 16 with 30 in one."""
+    monkeypatch.setitem(relations.SIZES, "relations", Sizes(3, 20, 16, 40, 30))
+
+
+def test_facts_are_labelled_on_the_answer_and_predict_their_inverse(few_facts):
     loaded = load_data(Config(**FACTS))
     pairs, words = loaded.pairs["train"], loaded.tokenizer.decode
     assert len(pairs) == 2 * 40 + 30
@@ -873,7 +1109,7 @@ def test_facts_are_labelled_on_the_answer_and_predict_their_inverse():
     assert not pairs.has_target(atomic).any() and pairs.has_target(np.arange(80)).all()
 
 
-def test_held_out_facts_are_the_inverses_of_atomic_ones_and_never_trained_on():
+def test_held_out_facts_are_the_inverses_of_atomic_ones_and_never_trained_on(few_facts):
     pairs = load_data(Config(**FACTS)).pairs
 
     def facts(split, rows):
@@ -886,16 +1122,16 @@ def test_held_out_facts_are_the_inverses_of_atomic_ones_and_never_trained_on():
     assert {(a, b, r - 3, c, d) for c, d, r, a, b in held_out} == atomic
 
 
-def test_ask_gives_the_models_own_probabilities():
+def test_ask_gives_the_models_own_probabilities(few_facts):
     config = Config(**FACTS)
     torch.manual_seed(0)
     facts = Facts(3, 36)
     vocab_size = load_data(config).tokenizer.vocab_size
-    gpt = GPT(config, vocab_size, layout_of(config).parents).eval()
+    gpt = make_model(config, vocab_size).eval()
     rows = relation_facts(3, 20, 16, 40, 30, seed=0)["train"]["rows"][:4]
-    first, second = eval_relations.ask(gpt, facts, rows, CPU, NO_AUTOCAST)
+    first, second = reversal.ask(gpt, facts, rows, NO_AUTOCAST)
     for n, row in enumerate(torch.from_numpy(rows)):
-        logits = gpt.lm_head(gpt.hidden(row[None], torch.ones(1, 5, dtype=torch.long)))[0]
+        logits = gpt.logits(gpt.everywhere(row[None], torch.ones(1, 5, dtype=torch.long)))[0]
         want = logits[..., : facts.vocab_size].log_softmax(-1).detach().numpy()
         np.testing.assert_allclose(first[n], want[2], atol=1e-5)
         symbol = row[3].item() - (facts.vocab_size - 2 * facts.side)

@@ -1,14 +1,16 @@
-r"""Claims about regex_equivalence.py, held against Python's re and a matcher of trees written here,
-which knows nothing of derivatives or of the parser: random trees are printed as regexes."""
+r"""Claims about generators/regex_equivalence.py, held against Python's re and a matcher of trees
+written here, which knows nothing of derivatives or of the parser: random trees are printed as
+regexes."""
 
 import re
 from itertools import pairwise, product
 
 import pytest
+from test_regexes import is_python
 
-from regex_equivalence import BUDGET, difference, equivalent
-from regexes import is_python, regex_pairs
-from synthetic import Draw
+from generators.regex_equivalence import BUDGET, difference, equivalent
+from generators.regexes import regex_pairs
+from generators.word_problems import Draw
 
 EQUIVALENT = (
     ("dog", "dog"), ("(dog)", "dog"), ("((d)(og))", "d(og)"), (".*(dog).*", ".*dog.*"),
@@ -176,7 +178,7 @@ def test_with_and_and_not_a_plain_matcher_agrees(kinds, atoms, d):
 def test_laws_hold_for_random_regexes():
     """De Morgan, distribution, absorption and unrolling, by which no two are simplified alike."""
     r = Draw("laws")
-    for _ in range(150):
+    for _ in range(100):
         a, b, c = (f"({written(tree(r, '|&,~{b.', ('a', 'B', '.', '[A-Z]'), 2))})" for _ in "abc")
         laws = ((f"~({a}|{b})", f"~{a}&~{b}"), (f"~({a}&{b})", f"~{a}|~{b}"),
                 (f"{a}&({b}|{c})", f"{b}&{a}|{a}&{c}"), (f"{a}|{a}&{b}", a),
@@ -192,7 +194,7 @@ def test_laws_hold_for_random_regexes():
 
 @pytest.fixture(scope="module")
 def codes():
-    return sorted({row["code"] for row in regex_pairs("train", 500)})
+    return sorted({row["code"] for row in regex_pairs("train", 250)})
 
 
 def test_generated_regexes_are_equivalent_to_themselves(codes):

@@ -1,4 +1,5 @@
-"""Claims about regexes.py. What a regex with & and ~ matches is worked out here, by Python's re."""
+"""Claims about generators/regexes.py. What a regex with & and ~ matches is worked out here, by
+Python's re."""
 
 import os
 import re
@@ -10,22 +11,21 @@ from pathlib import Path
 
 import pytest
 
-import regexes
-from regexes import (
+from generators import regexes
+from generators.regexes import (
     ATOMS,
     LINES,
     PREDICATES,
     THINGS,
     depth,
-    is_python,
     line,
     regex_pairs,
     split_of,
     thing,
 )
-from synthetic import Draw
+from generators.word_problems import Draw
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "val", "test")
 
 
@@ -48,6 +48,12 @@ def tiny_language():
             code, text = line(r, 1 + i % 3)
             texts[text].add(code)
     return dict(texts)
+
+
+def is_python(code):
+    """Whether a regex does without & and ~, which Python's re takes for plain characters. Such a
+    code compiles, and re.fullmatch finds the lines that its text describes."""
+    return "&" not in code and "~" not in code
 
 
 def operands(code, operator):
@@ -339,7 +345,7 @@ def test_another_seed_gives_other_rows():
 
 def test_rows_do_not_depend_on_the_hash_seed():
     """Nothing rests on hash() or on the order of a set: a fresh Python gives the same rows."""
-    code = "from regexes import regex_pairs as p; print(p('val', 30, seed=1))"
+    code = "from generators.regexes import regex_pairs as p; print(p('val', 30, seed=1))"
     runs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, text=True,
                            capture_output=True, env={**os.environ, "PYTHONHASHSEED": h}).stdout
             for h in ("1", "2")]  # fmt: skip

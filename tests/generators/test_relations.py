@@ -1,11 +1,19 @@
-"""Claims about relations.py, on facts few enough to check one by one."""
+"""Claims about generators/relations.py, on facts few enough to check one by one."""
 
 import math
 
 import numpy as np
 import pytest
 
-from relations import Facts, relation_facts, reversal_metrics
+from generators import relations
+from generators.relations import (
+    Facts,
+    Sizes,
+    facts_of,
+    relation_facts,
+    relation_rows,
+    reversal_metrics,
+)
 
 SIZES = dict(n_relations=4, n_train_entities=30, n_atomic_entities=20, n_train_facts=70,
              n_atomic_facts=50)  # fmt: skip
@@ -129,6 +137,73 @@ def test_same_seed_same_facts_and_another_seed_others(splits):
 def test_impossible_sizes_are_named(wrong, said):
     with pytest.raises(ValueError, match=said):
         relation_facts(**{**SIZES, **wrong})
+
+
+# ---- data sets of facts ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(relations.SIZES, "small", Sizes(**SIZES))
+    return "small"
+
+
+def test_the_sizes_of_the_data_sets():
+    """relations_full has those of the experiment that this one follows."""
+    assert relations.SIZES == {
+        "relations": (10, 500, 300, 3000, 900),
+        "relations_full": (10, 50_000, 30_000, 300_000, 90_000),
+    }
+    for sizes in relations.SIZES.values():  # in proportion: as many facts an entity, about
+        assert sizes.n_train_facts / sizes.n_train_entities == 6
+        assert sizes.n_atomic_facts / sizes.n_atomic_entities == 3
+
+
+def test_the_original_data_set_has_its_sizes_and_few_symbols():
+    facts, splits = facts_of("relations_full")
+    assert (facts.n_relations, facts.n_entities, facts.side) == (10, 80_000, 283)
+    assert facts.vocab_size == len(facts.words()) == 2 * 10 + 2 * 283
+    n_rows = {split: len(part["rows"]) for split, part in splits.items()}
+    assert n_rows == {"train": 600_000, "atomic": 90_000, "held_out": 90_000}
+    assert splits["train"]["rows"].max() < facts.vocab_size
+
+
+def test_facts_of_a_data_set_are_those_of_its_sizes(small, splits):
+    facts, found = facts_of(small)
+    assert facts == LAYOUT
+    for split, part in splits.items():
+        assert all((part[key] == found[split][key]).all() for key in part)
+
+
+def test_words_name_the_tokens(small):
+    words = LAYOUT.words()
+    assert len(words) == len(set(words)) == LAYOUT.vocab_size
+    assert words[:9] == [" r0", " r1", " r2", " r3", " R0", " R1", " R2", " R3", " a0"]
+    assert words[15:17] == [" a7", " b0"] and words[-1] == " b7"
+
+
+def test_rows_are_facts_in_words_and_their_inverses_to_predict(small, splits):
+    """70 facts, their inverses, 50 atomic facts that predict nothing; held out are the inverses of
+    these, every other one for test."""
+    def spelled(tokens):
+        return "".join(LAYOUT.words()[i] for i in tokens)
+
+    rows = relation_rows(small)
+    assert {split: len(some) for split, some in rows.items()} == {
+        "train": 190, "val": 25, "test": 25}  # fmt: skip
+    for i, row in enumerate(rows["train"]):
+        split, at = ("train", i) if i < 140 else ("atomic", i - 140)
+        fact = splits[split]["rows"][at]
+        inverse = splits[split]["inverse"][at] if i < 140 else []
+        assert row == {"text": spelled(fact[:3]), "code": spelled(fact[3:]),
+                       "target": spelled(inverse)}  # fmt: skip
+    for split, begin in (("val", 0), ("test", 1)):
+        for row, fact, inverse in zip(rows[split], splits["held_out"]["rows"][begin::2],
+                                      splits["held_out"]["inverse"][begin::2]):  # fmt: skip
+            assert row["text"] + row["code"] == spelled(fact)
+            assert row["target"] == spelled(inverse)
+            told = {r["text"] + r["code"] for r in rows["train"]}
+            assert row["target"] in told and row["text"] + row["code"] not in told
 
 
 # ---- metrics: 2 relations and 3 entities, which are (a, c), (a, d) and (b, c) -----------------

@@ -4,46 +4,52 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import error_line, sums
 
-import study
+from data import load_data
+from lab import study
+from lab.arms import BASE, STAGES, Stage
+from plumbing.stats import paired_t
+from views import CODE
+
+TINY_ARM = dict(n_layer=1, n_head=1, n_embd=32, max_iters=4, eval_interval=2, bpe_vocab_size=320,
+                eval_pairs=12, eval_answers=8, train_rows=64, device="cpu")  # fmt: skip
+
+
+def tiny_stage(arms):
+    """A stage of one seed whose arms train in seconds."""
+    return Stage("tiny", (0,), {arm: {**TINY_ARM, **fields} for arm, fields in arms.items()})
 
 
 def test_every_arm_is_a_config_and_has_a_folder_of_its_own():
-    for seeds, arms in study.STAGES.values():
-        cells = [study.make_cell(Path("out"), arm, {**study.BASE, **options}, seed)
-                 for arm, options in arms.items() for seed in seeds]  # fmt: skip
-        assert len({cell.folder for cell in cells}) == len(cells) == len(arms) * len(seeds)
-        for cell in cells:
-            assert f"--seed={cell.config.seed}" in cell.command
+    for name, stage in STAGES.items():
+        cells = study.cells_of(study.parse([name]))
+        folders = {cell.folder for cell in cells.values()}
+        assert len(folders) == len(cells) == len(stage.arms) * len(stage.seeds)
+        for (arm, seed), cell in cells.items():
+            assert f"--seed={seed}" in cell.command and cell.config.seed == seed
+            for key, value in {**BASE, **stage.arms[arm]}.items():
+                assert getattr(cell.config, key) == value
 
 
-@pytest.mark.parametrize("t, n, p", [
-    (2.776445, 5, 0.05), (4.604095, 5, 0.01), (2.262157, 10, 0.05), (0.0, 5, 1.0),
-    (8.610302, 5, 0.001),
-])  # fmt: skip
-def test_paired_t_gives_the_tables_values(t, n, p):
-    noise = np.resize([1.0, -1.0], n) - np.resize([1.0, -1.0], n).mean()
-    noise /= noise.std(ddof=1) / np.sqrt(n)
-    reference = np.linspace(0.3, 0.9, n)
-    assert study.paired_t(reference + noise + t, reference) == pytest.approx(p, abs=1e-5)
-    assert study.paired_t(reference - noise - t, reference) == pytest.approx(p, abs=1e-5)
+def test_help_names_every_stage_and_option(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        study.main(["--help"])
+    said = capsys.readouterr().out
+    assert exit_.value.code == 0 and said.startswith("usage: python -m lab.study STAGE")
+    lines = [line.split() for line in said.splitlines()]
+    for name, stage in STAGES.items():
+        assert [name, *stage.summary.split()] in lines
+    for option in ("jobs=int", "ask=str", "samples=int", "judge=float"):
+        assert f"--{option}" in said
 
 
-def test_equal_differences_need_no_density():
-    assert study.paired_t([0.5, 0.6], [0.5, 0.6]) == 1
-    assert study.paired_t([1.5, 2.5], [0.5, 1.5]) == 0
-
-
-def test_a_stage_runs_to_its_table_and_picks_up_where_it_was(tmp_path, monkeypatch, capsys):
+def test_a_stage_runs_to_its_tables_and_picks_up_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(120)))
-    tiny = dict(n_layer=1, n_head=1, n_embd=32, max_iters=4, eval_interval=2, bpe_vocab_size=320,
-                eval_pairs=12, eval_answers=8, train_rows=64, device="cpu")  # fmt: skip
     arms = {"λ 0": dict(jepa_weight=0.0), "cosine λ 1": dict(jepa_weight=1.0)}
-    monkeypatch.setitem(study.STAGES, "tiny", ((0,), {k: {**tiny, **v} for k, v in arms.items()}))
+    monkeypatch.setitem(study.STAGES, "tiny", tiny_stage(arms))
     monkeypatch.setattr(study, "RECIPE", "nlrx_baseline")
     study.main(["tiny", "--dataset=sums.jsonl", "--jobs=2"])
     folder = Path("out/study-tiny")
@@ -57,6 +63,12 @@ def test_a_stage_runs_to_its_table_and_picks_up_where_it_was(tmp_path, monkeypat
     again = capsys.readouterr().out
     assert again.count("was finished") == 2
     assert first[first.index("| arm") :] == again[again.index("| arm") :]
+    tables = first[first.index("| arm") :].split("\n\n")
+    assert len(tables) == 2 and "TFLOP" in tables[0] and "retrieval@1" in tables[1]
+    for table in tables:  # Markdown, narrow enough for a page
+        table = [line for line in table.splitlines() if line.startswith("|")]
+        [columns] = {line.count("|") - 1 for line in table}
+        assert columns <= 7 and len(table) == 2 + len(arms)
 
     rows = [*sums(120), *sums(9, 5000)]  # all of the first were trained on or held out
     Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,25 +79,47 @@ def test_a_stage_runs_to_its_table_and_picks_up_where_it_was(tmp_path, monkeypat
     study.main(["tiny", "--dataset=sums.jsonl", "--ask=val", "--samples=2", "--judge=3"])
     assert "of val, best of 3, judge 3 |" in capsys.readouterr().out
     new = [json.loads(line) for line in (folder / "new-more.jsonl").read_text().splitlines()]
-    options = {**study.BASE, **tiny, "dataset": "sums.jsonl"}
-    data = study.load_data(study.make_cell(folder, "λ 0", options, 0).config)
-    known = {data.tokenizer.decode(data.pairs[split].view(row, study.CODE))
-             for split in ("train", "val") for row in range(len(data.pairs[split]))}  # fmt: skip
+    cells = study.cells_of(study.parse(["tiny", "--dataset=sums.jsonl"]))
+    data = load_data(cells["λ 0", 0].config)
+    known = {data.tokenizer.decode(pairs.view(example, CODE))
+             for pairs in (data.pairs["train"], data.pairs["val"])
+             for example in range(len(pairs))}  # fmt: skip
     asked = {row["messages"][-1]["content"] for row in new}
     assert 9 <= len(new) < 129 - 64 - 12 and not known & asked
     assert [message["role"] for message in new[0]["messages"]] == ["user", "assistant"]
 
-    made = folder / "cosine_lambda_1-0" / "config.json"
-    about = json.loads(made.read_text())
-    about["provenance"]["data"]["train_sha256"] = "of other rows"
-    made.write_text(json.dumps(about))
+    path = folder / "cosine_lambda_1-0" / "config.json"
+    made = json.loads(path.read_text())
+    made["provenance"]["data"]["train_sha256"] = "of other rows"
+    path.write_text(json.dumps(made))
     assert "different data" in error_line(capsys, study.main, ["tiny", "--dataset=sums.jsonl"])
-    shutil.rmtree(made.parent)  # an arm that cannot be trained: the other still has its row
+    shutil.rmtree(path.parent)  # an arm that cannot be trained: the other still has its row
     arms["cosine λ 1"] = dict(device="cuda:99")
-    monkeypatch.setitem(study.STAGES, "tiny", ((0,), {k: {**tiny, **v} for k, v in arms.items()}))
+    monkeypatch.setitem(study.STAGES, "tiny", tiny_stage(arms))
     with pytest.raises(SystemExit) as exit_:
         study.main(["tiny", "--dataset=sums.jsonl"])
-    assert exit_.value.code == 1 and "| λ 0 | 1 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert exit_.value.code == 1 and "| arm, n = 1 |" in said
+    assert said.count("| λ 0 |") == 2 and "| cosine λ 1 |" not in said
+
+
+def made_up(exact):
+    """Results of an arm: `exact` has a curve for each seed."""
+    curves = {key: [[0.5 for _ in curve] for curve in exact] for key in study.CURVES + study.PANEL}
+    return {**curves, "val_exact": exact, "flops": [[1e12, 2e12] for _ in exact]}
+
+
+def test_the_answers_table_tests_every_arm_against_the_reference():
+    results = {"λ 0": made_up([[0.1, 0.3], [0.2, 0.4], [0.3, 0.8]]),
+               "arm": made_up([[0.1, 0.5], [0.2, 0.8], [0.3, 0.9]])}  # fmt: skip
+    lines = study.answers_table(results, "λ 0")
+    reference, arm = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:])
+    assert lines[0].startswith("| arm, n = 3 | TFLOP |")
+    assert reference[:5] == ["λ 0", "2.0", "0.200 ± 0.100", "0.500 ± 0.265", ""]
+    p = paired_t([0.5, 0.8, 0.9], [0.3, 0.4, 0.8])
+    assert arm[3:5] == ["0.733 ± 0.208", f"{p:.2g}"]
+    del results["λ 0"]  # where the reference is not finished there is nothing to test against
+    assert study.answers_table(results, "λ 0")[2].split("|")[5].strip() == ""
 
 
 def test_mistakes_are_one_line(capsys):
@@ -93,8 +127,8 @@ def test_mistakes_are_one_line(capsys):
     assert "coarse" in error_line(capsys, study.main, ["fine"])
     assert "unknown key" in error_line(capsys, study.main, ["coarse", "--datset=x"])
     assert "jobs" in error_line(capsys, study.main, ["coarse", "--jobs=many"])
-    for own in ("seed=7", "init_from=resume", "jepa_weight=.1"):
-        assert "coarse sets" in error_line(capsys, study.main, ["coarse", f"--{own}"])
+    for fixed in ("seed=7", "init_from=resume", "jepa_weight=.1"):
+        assert "coarse sets" in error_line(capsys, study.main, ["coarse", f"--{fixed}"])
     assert "eval_answers=0" in error_line(capsys, study.main, ["coarse", "--eval_answers=0"])
     for wrong in ("ask=nowhere.jsonl", "ask=train", "ask=test"):  # before anything is trained
         args = ["coarse", f"--{wrong}", "--dataset=pairs.jsonl"]

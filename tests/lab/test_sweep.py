@@ -1,4 +1,4 @@
-"""Claims about sweep.py. A stand-in for subprocess.Popen trains nothing, but for one real sweep."""
+"""Claims about lab/sweep.py. A stand-in for subprocess.Popen trains nothing; one sweep is real."""
 
 import csv
 import json
@@ -14,19 +14,19 @@ from types import SimpleNamespace
 import pytest
 from conftest import sums
 
-import sweep
 from config import load_config
+from lab import sweep
+from plumbing.processes import ROOT
+from plumbing.stats import mean_sd, plus_minus
 
 AT = Path("out/sweep-debug")
-
-
 REAL_DRAW = sweep.draw
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blank = SimpleNamespace(savefig=lambda path, **options: Path(path).touch())
+    blank = SimpleNamespace(savefig=lambda file, **options: None)
     monkeypatch.setattr(sweep, "draw", lambda *args: blank)  # half a second each
 
 
@@ -38,9 +38,10 @@ def write_run(config, step=None, data="0" * 64, **figures):
     """What train.py leaves in a run's folder; with `step` an evaluation and a checkpoint."""
     folder = Path(config.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"commit": "abc1234", "data": {"dataset": "word_problems", "train_sha256": data}}
+    made_of = {"dataset": "word_problems", "train_sha256": data}
+    provenance = {"commit": "abc1234", "data": made_of}
     (folder / "config.json").write_text(
-        json.dumps({"config": asdict(config), "provenance": about}))  # fmt: skip
+        json.dumps({"config": asdict(config), "provenance": provenance}))  # fmt: skip
     measured = set(sweep.FIGURES) - {"val_exact", "tflop"}
     record = dict.fromkeys(measured, 0.5) | {"step": step, "flops": 5e11, **figures}
     lines = [{"step": 0, "ce": 1.0}] + ([record] if step else [])
@@ -63,7 +64,8 @@ def trainings(monkeypatch):
 
     class Popen:
         def __init__(self, command, stdout, env, **options):
-            self.config = load_config(command[3:])  # after python -u train.py
+            assert command[1:3] == ["-u", str(ROOT / "train.py")]
+            self.config = load_config(command[3:])
             self.env, self.options, self.n_terminated = env, options, 0
             self.alongside = sum(run.returncode is None for run in runs)
             runs.append(self)
@@ -71,7 +73,7 @@ def trainings(monkeypatch):
             if isinstance(fate, dict):
                 write_run(self.config, self.config.max_iters, **fate)
             else:
-                stdout.write("starting\nerror: no luck today\n\n")
+                stdout.write(b"starting\nerror: no luck today\n\n")
             self.returncode = None
             self.code = {int: fate, dict: 0}.get(type(fate), 143)
             self.polls_left = float("inf") if fate is None else 0
@@ -164,6 +166,7 @@ def test_help_explains_itself(capsys):
     assert exit_code("--help") == 0
     said = capsys.readouterr().out
     assert "--jobs=N" in said and "--jepa_weight=float" in said and "Ctrl-C" in said
+    assert said.startswith("usage: python -m lab.sweep RECIPE")
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -194,6 +197,24 @@ def test_finished_cells_are_skipped_and_interrupted_ones_resumed(trainings, caps
     (AT / "heat.png").unlink()
     sweep.main(argv)  # nothing left to train: results anew
     assert trainings == [] and len(rows()) == 5 and (AT / "heat.png").exists()
+
+
+def test_where_a_cell_was_trained_does_not_make_it_another(trainings, capsys):
+    """Only what is trained counts, as for resuming by hand."""
+    sweep.main(["debug", "--seed=0,1", "--max_iters=9"])
+    trainings.clear()
+    sweep.main(["debug", "--seed=0,1", "--max_iters=9", "--log_interval=3", "--device=cpu"])
+    assert trainings == [] and capsys.readouterr().out.count("was finished") == 2
+    sweep.main(["debug", "--seed=0,1", "--max_iters=9", "--eval_pairs=32"])
+    assert [run.config.init_from for run in trainings] == ["scratch", "scratch"]
+
+
+def test_eta_counts_what_is_left_and_never_has_60_seconds(trainings, monkeypatch, capsys):
+    clock = iter([0.0, 59.7, 59.7, 119.4, 119.4, 179.1])  # each cell starts, and takes 59.7 s
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(time=lambda: next(clock), sleep=abs))
+    sweep.main(["debug", "--seed=0,1,2"])
+    said = capsys.readouterr().out
+    assert [end.split("\n")[0] for end in said.split("ETA ")[1:]] == ["1:59", "1:00", "0:00"]
 
 
 def test_a_resumed_run_that_finished_is_not_trained_again(trainings):
@@ -290,7 +311,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(capsys):
     sweep.main(argv)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [*range(101)]
-    assert "SIGTERM: saving" in (folder / "log.txt").read_text()  # the log goes on as well
+    assert "SIGTERM: saved" in (folder / "log.txt").read_text()  # the log goes on as well
     [row, _] = rows()
     assert float(row["val_ce"]) == records[-1]["val_ce"] and len(row["data_sha256"]) == 64
 
@@ -317,7 +338,7 @@ def test_table_has_mean_and_sample_sd_over_the_seeds(trainings, capsys):
 
 def test_one_seed_has_no_spread(trainings, capsys):
     """Neither 0 nor nan; also where the other seeds of a combination failed."""
-    assert sweep.mean_sd([4.0]) == (4.0, None) and sweep.number(4.0, None) == "4.000"
+    assert mean_sd([4.0]) == (4.0, None) and plus_minus(4.0, None) == "4.000"
     sweep.main(["debug", "--n_pred=0,1"])
     assert "±" not in capsys.readouterr().out
     trainings.fate = lambda config: 2 if config.n_pred and config.seed else {"val_ce": 4.0}
@@ -361,10 +382,10 @@ def test_a_figure_that_some_cells_lack_is_blank_for_them(trainings, capsys):
 
 def test_a_resumed_cell_names_all_its_commits(trainings, capsys):
     sweep.main(["debug", "--seed=1,2"])
-    about = json.loads(next(AT.glob("seed=1/config.json")).read_text())
-    about["provenance"]["earlier"] = [{"commit": "0ld"}, {"commit": "abc1234"}]
     path = AT / "seed=1/config.json"
-    path.write_text(json.dumps(about))
+    made = json.loads(path.read_text())
+    made["provenance"]["earlier"] = [{"commit": "0ld"}, {"commit": "abc1234"}]
+    path.write_text(json.dumps(made))
     sweep.main(["debug", "--seed=1,2"])
     assert [r["commit"] for r in rows()] == ["0ld AND abc1234", "abc1234"]
     assert "2 seeds; commit 0ld AND abc1234\n" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Data made here, so that everything runs without a download."""

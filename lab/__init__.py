@@ -1,0 +1,1 @@
+"""Experiments around the three commands: python -m lab.sweep, lab.study, lab.bench, ..."""

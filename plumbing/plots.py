@@ -1,0 +1,30 @@
+"""The figure that a training run draws of itself."""
+
+import json
+from pathlib import Path
+
+from plumbing.files import read_records, write_figure
+
+
+def plot_losses(folder: Path) -> None:
+    """loss.png of a run: training and validation losses over steps, one panel per term."""
+    from matplotlib.figure import Figure  # takes a second to import, and needs no display
+
+    records = read_records(folder / "metrics.jsonl")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axis, term, label in zip(
+        figure.subplots(1, 2), ("ce", "jepa"), ("cross-entropy, nats per label", "JEPA distance")
+    ):
+        for key, style in ((term, dict(lw=0.8, alpha=0.7)), (f"val_{term}", dict(marker="o"))):
+            points = [(r["step"], r[key]) for r in records if key in r]
+            if points:
+                name = "validation" if key.startswith("val_") else "training"
+                axis.plot(*zip(*points), label=name, **style)
+        axis.set(title=label, xlabel="step")
+        axis.legend(frameon=False)
+    figure.suptitle(folder.name, parse_math=False)  # a $ in it is no formula
+    made = json.loads((folder / "config.json").read_text())["provenance"]
+    data = f"{made['data']['dataset']}, train sha256 {made['data']['train_sha256'][:12]}"
+    figure.supxlabel(f"{data}, commit {made['commit']}", fontsize=7, color="grey",
+                     parse_math=False)  # fmt: skip
+    write_figure(folder / "loss.png", figure, dpi=120)

@@ -1,0 +1,201 @@
+"""Claims about sample.py: which questions the model is given, and what is printed of them."""
+
+import inspect
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, error_line, sums
+
+import data
+import evaluate
+import sample
+import train
+from config import load_config
+from data import load_data
+from generate import Sampling
+from generators.relations import SIZES, Sizes
+from run import load_run
+from views import TEXT
+
+CPU = torch.device("cpu")
+ARGS = ["--device=cpu", "--dtype=float32", "--max_new_tokens=2"]
+SAMPLE = ["out/tiny", *ARGS]
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """The prompts that are continued, as they come."""
+    prompts, real = [], sample.generate
+    monkeypatch.setattr(
+        sample, "generate", lambda trunk, new, *args: prompts.extend(new) or real(trunk, new, *args)
+    )
+    return prompts
+
+
+# --- what the model is given ------------------------------------------------------------------
+
+
+def test_sampling_from_a_plan_gives_the_model_its_pred_tokens(tiny_run, given, capsys):
+    tiny_run(layout="plan", n_pred=2, max_iters=1)
+    sample.main([*SAMPLE, "--num_samples=2", "--prompt=What is 3 plus 2?"])
+    sample.main([*SAMPLE, "--num_samples=2"])
+    held_out = load_data(load_config([*TINY, "--layout=plan", "--n_pred=2"]))
+    tokenizer, val = held_out.tokenizer, held_out.pairs["val"]
+    pred = [tokenizer.vocab_size, tokenizer.vocab_size + 1]
+    asked = [*tokenizer.encode(["What is 3 plus 2?"])[0], tokenizer.sep, *pred]
+    assert given == [asked, asked, *(val.view(i, TEXT) + pred for i in (0, 1))]
+    assert "What is 3 plus 2?" in capsys.readouterr().out
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+@pytest.mark.parametrize("system_prompt", ["keep", "drop"])
+def test_a_prompt_stands_where_questions_stood_in_training(
+    system_prompt, given, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
+    rows = [chat(("system", "Add."), ("user", row["question"]), ("assistant", row["answer"]))
+            for row in sums(40)]  # fmt: skip
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.main([*TINY, "--dataset=mine.jsonl", "--eval_pairs=4", f"--system_prompt={system_prompt}",
+                "--max_iters=1"])  # fmt: skip
+    sample.main([*SAMPLE, "--num_samples=1", "--prompt=What is 3 plus 2?"])
+    tokenizer = load_run(Path("out/tiny"), CPU).tokenizer
+    before = tokenizer.encode(["Add.\n"])[0] if system_prompt == "keep" else []
+    assert given == [[*before, *tokenizer.encode(["What is 3 plus 2?"])[0], tokenizer.sep]]
+
+
+def test_samples_of_steps_and_of_running_text(tiny_run, given, capsys):
+    """Of steps, the right answer is all that follows the question; running text has no end mark."""
+    tiny_run(views="steps", max_iters=1)
+    sample.main([*SAMPLE, "--num_samples=3"])
+    printed = capsys.readouterr().out
+    assert all(f"--- right answer\n{row['answer']}" in printed for row in sums(3, 500))
+    tiny_run(views="split", labels="all", max_iters=1)
+    sample.main([*SAMPLE, "--prompt=What is"])
+    assert given[-1] == load_run(Path("out/tiny"), CPU).tokenizer.encode(["What is"])[0]
+
+
+def test_a_run_on_facts_is_asked_in_its_own_words(tmp_path, monkeypatch, given, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
+    monkeypatch.setitem(SIZES, "relations", Sizes(3, 20, 16, 40, 30))
+    train.main([*TINY, "--dataset=relations", "--views=facts", "--tokenizer=words",
+                "--max_iters=1"])  # fmt: skip
+    tokenizer = load_run(Path("out/tiny"), CPU).tokenizer
+    for prompt in (" a3 b4  r2", "a3 b4 r2"):
+        capsys.readouterr()
+        sample.main([*SAMPLE, f"--prompt={prompt}"])
+        assert "a3 b4" in capsys.readouterr().out
+        assert given[-1] == tokenizer.encode([" a3 b4 r2"])[0] and len(given[-1]) == 3
+    # A word that it has not seen is one line, which says how its words look.
+    for prompt, unknown in (("hello", "hello"), ("a3 b4 x", "x"), ("a3 b4 r99", "r99")):
+        line = error_line(capsys, sample.main, [*SAMPLE, f"--prompt={prompt}"])
+        assert f"no word {unknown} " in line and prompt in line and "a3 b4 r2" in line
+    assert "0 tokens" in error_line(capsys, sample.main, [*SAMPLE, "--prompt= "])
+
+
+# --- what is printed --------------------------------------------------------------------------
+
+
+def test_held_out_questions_come_with_their_right_answers(tiny_run, capsys):
+    tiny_run(max_iters=1)
+    sample.main([*SAMPLE, "--num_samples=2"])
+    printed = capsys.readouterr().out
+    for row in sums(2, 500):
+        assert f"--- question\n{row['question']}\n--- tiny answers\n" in printed
+        assert f"--- right answer\n{row['answer']}" in printed
+    assert printed.count("--- question") == 2 and "note:" not in printed
+    assert "run out/tiny/ckpt.pt, step 1, trained on sums" in printed
+    assert printed.count("[cut off: no end of text]") == 2  # after two tokens
+    sample.main([*SAMPLE, "--num_samples=99"])  # no more than there are
+    assert capsys.readouterr().out.count("--- question") == 20
+    sample.main([*SAMPLE, "--num_samples=3", "--prompt=What is 3 plus 2?"])  # answers to one
+    printed = capsys.readouterr().out
+    assert printed.count("--- question") == 3 and "right answer" not in printed
+
+
+def test_the_seed_decides_what_is_drawn(tiny_run, monkeypatch):
+    tiny_run(max_iters=1)
+    samplings = []
+    monkeypatch.setattr(sample, "generate", lambda trunk, prompts, n, eot, sampling: (
+        samplings.append(sampling) or [[eot]] * len(prompts)))  # fmt: skip
+    sample.main([*SAMPLE, "--seed=5", "--temperature=0.5", "--top_k=3", "--top_p=0.9"])
+    sample.main(SAMPLE)
+    assert samplings == [Sampling(0.5, 3, 0.9, 5), Sampling(0.8, 50, 1.0, 1337)]
+
+
+def test_questions_of_other_data_are_noted(tiny_run, monkeypatch, capsys):
+    tiny_run(max_iters=1)
+    monkeypatch.setattr(data, "load_rows", lambda config: (
+        {"train": sums(90, 1000), "val": sums(20, 500)}, "sums", "test"))  # fmt: skip
+    sample.main([*SAMPLE, "--num_samples=1"])
+    assert "note: the run saw other data (sums from test)" in capsys.readouterr().out
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def answers(printed):
+    return printed[printed.index("--- question") :]
+
+
+def test_a_run_may_be_named_as_train_spells_it(tiny_run, capsys):
+    tiny_run(max_iters=1)
+    tiny_run(max_iters=2, out_dir="out/newer")
+    printed = []
+    for args in (["--out_dir=out/tiny"], ["out/tiny"], ["out/tiny/ckpt.pt"], []):
+        capsys.readouterr()
+        sample.main([*args, *ARGS, "--num_samples=1"])
+        printed.append(capsys.readouterr().out)
+    assert answers(printed[0]) == answers(printed[1]) == answers(printed[2])
+    assert "run out/tiny/ckpt.pt, step 1," in printed[0]
+    assert "run out/newer/ckpt.pt, step 2," in printed[3]  # the newest
+    two = ["out/tiny", "--out_dir=out/newer", *ARGS]
+    assert "one run at a time" in error_line(capsys, sample.main, two)
+    line = error_line(capsys, sample.main, ["--out_dir=out/none", *ARGS])
+    assert "no checkpoint out/none" in line
+
+
+@pytest.mark.parametrize("script", [sample, evaluate])
+def test_help_is_the_modules_text_and_its_fields(script, capsys):
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as exit_:
+            script.main([flag])
+        printed = capsys.readouterr()
+        assert exit_.value.code == 0 and printed.err == ""
+        assert script.__doc__.strip() in printed.out
+        for field in fields(script.Args):
+            [line] = [line for line in printed.out.splitlines()
+                      if line.startswith(f"  --{field.name}=")]  # fmt: skip
+            assert str(field.default) in line
+        comments = [line.partition("  # ")[2] for line in
+                    inspect.getsource(script.Args).splitlines() if " = " in line]  # fmt: skip
+        assert all(comment in printed.out for comment in comments)
+
+
+@pytest.mark.parametrize("arg", [
+    "--seed=99999999999999999999", "--seed=-1", "--temperature=nan", "--temperature=inf",
+    "--temperature=-1", "--top_k=-1", "--top_p=0", "--top_p=1.5", "--num_samples=0",
+    "--max_new_tokens=0", "--samples=3", "--dtype=float16", "--device=abacus",
+])  # fmt: skip
+def test_a_mistake_is_one_line(arg, capsys):
+    key = arg[2:].partition("=")[0]
+    assert key in error_line(capsys, sample.main, ["out/none", "--device=cpu", arg])
+
+
+def test_two_runs_or_a_prompt_without_its_key_are_one_line(capsys):
+    line = error_line(capsys, sample.main, ["out/a", "What is 3 plus 2?"])
+    assert "one run at a time" in line and "--prompt=" in line
+
+
+def test_a_prompt_that_fills_the_context_is_one_line(tiny_run, capsys):
+    tiny_run(max_iters=1)
+    line = error_line(capsys, sample.main, [*SAMPLE, "--prompt=" + "12 plus " * 40])
+    assert "leaves room for 63" in line
