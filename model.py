@@ -34,9 +34,9 @@ def visible_blocks(parents: Sequence[int | None]) -> torch.Tensor:
 
     A block sees itself, its parent, its parent's parent, ...
     """
-    sees = torch.eye(len(parents), dtype=torch.bool)
+    sees = torch.eye(len(parents), dtype=torch.bool)  # every block sees itself
     for block, ancestor in enumerate(parents):
-        while ancestor is not None:
+        while ancestor is not None:  # and walks up to its root
             sees[block, ancestor] = True
             ancestor = parents[ancestor]
     return sees
@@ -66,8 +66,8 @@ def block_causal_mask(block: torch.Tensor, sees: torch.Tensor) -> tuple[torch.Te
         attn_mask (B, T, T) bool, True = may attend; position_ids (B, T) int, padding at 0.
     """
     T = block.size(1)
-    earlier = torch.ones(T, T, dtype=torch.bool, device=block.device).tril()
-    attn_mask = sees[block[:, :, None], block[:, None, :]] & earlier
+    earlier = torch.ones(T, T, dtype=torch.bool, device=block.device).tril()  # or the token itself
+    attn_mask = sees[block[:, :, None], block[:, None, :]] & earlier  # (B, T, T)
     position_ids = (attn_mask.sum(-1) - 1).masked_fill(block == PAD, 0)
     return attn_mask, position_ids
 
@@ -87,15 +87,15 @@ def read_hidden(
         return hidden.where(inside, 0).sum(1) / inside.sum(1).clamp(min=1)
     T = block.size(1)
     columns = torch.arange(T, device=block.device)
-    at = torch.where(block == which, columns, -1).amax(1)  # (B,)
-    return hidden[torch.arange(len(at), device=at.device), at]
+    at = torch.where(block == which, columns, -1).amax(1)  # (B,) the block's last column
+    return hidden[torch.arange(len(at), device=at.device), at]  # (B, C)
 
 
 class Batch(NamedTuple):
     """Rows of blocks for a trunk, (B, T) each: tokens, the block of each token, next tokens."""
 
     idx: torch.Tensor  # below V, or V + i for [PRED] number i
-    block: torch.Tensor
+    block: torch.Tensor  # PAD, or a number of views.py
     targets: torch.Tensor  # -1: no label
 
     def to(self, device: torch.device) -> "Batch":
@@ -111,14 +111,11 @@ class Trunk(nn.Module):
     """A decoder over rows of blocks. A subclass has `embed`, `layers`, `logits` and the attributes;
     `forward` composes them, and training calls nothing else: the wrappers for several processes
     and for compiling see only forward, and a gradient made around it is averaged over no
-    processes, without a word.
+    processes, without a word."""
 
-    Attributes: width (C), vocab_size (V), longest_path (tokens that one may see, itself included).
-    """
-
-    width: int
-    vocab_size: int
-    longest_path: int
+    width: int  # C
+    vocab_size: int  # V
+    longest_path: int  # tokens that one may see, itself included
 
     def __init__(self, parents: Sequence[int | None]):
         """parents: for each block number, the block it continues or None (see visible_blocks)."""
@@ -167,12 +164,13 @@ class Trunk(nn.Module):
             entropy in nats (the caller knows how many labels its whole step has), or None.
         """
         idx, block, targets = batch
-        attn_mask, position_ids = block_causal_mask(block, self.sees)
+        attn_mask, position_ids = block_causal_mask(block, self.sees)  # (B, T, T), (B, T)
         labelled = torch.zeros_like(read) if targets is None else targets != -1
-        wanted = labelled | read
-        x = self.embed(idx)
+        wanted = labelled | read  # (B, T), N of them
+        x = self.embed(idx)  # (B, T, C)
         found = self.layers(x, position_ids, attn_mask, read=wanted, streams=streams)  # (N, C)
-        hidden = found.new_full((*idx.shape, found.size(-1)), math.nan)
+        # Not 0 but nan where nobody asked: a loss on such a state shows at once.
+        hidden = found.new_full((*idx.shape, found.size(-1)), math.nan)  # (B, T, C)
         hidden[wanted] = found
         if targets is None:
             return hidden, None
@@ -201,7 +199,7 @@ def pred_table(k: int, C: int) -> nn.Embedding | None:
 def embed_tokens(idx: torch.Tensor, table: nn.Embedding, pred: nn.Embedding | None):
     """Rows of the table (V, C), and of [PRED] for the tokens from V on: (B, T) -> (B, T, C)."""
     V = table.num_embeddings
-    x = table(idx.clamp(max=V - 1))
+    x = table(idx.clamp(max=V - 1))  # (B, T, C), of [PRED] whatever the last row is
     if pred is None:
         return x
     return torch.where((idx >= V)[..., None], pred((idx - V).clamp(min=0)), x)
@@ -214,18 +212,19 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         # Dropout sits here and not on the attention weights: fused kernels would not take those.
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask, cache=None, read=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)  # (B, T, 3, nh, hs)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         if cache is not None:  # decoding: add these T tokens to the ones before, see them all
             k, v = cache.append(k, v)
         y = attend(q, k, v, mask[:, None])  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.dropout(self.c_proj(y if read is None else y[read]))
 
 
@@ -252,8 +251,8 @@ class Block(nn.Module):
 
     def forward(self, x, mask, cache=None, read=None):
         """(B, T, C) -> (B, T, C); with read (B, T) bool, only the N positions read: (N, C)."""
-        y = self.attn(self.ln_1(x), mask, cache, read)
-        x = (x if read is None else x[read]) + y
+        y = self.attn(self.ln_1(x), mask, cache, read)  # (B, T, C) or (N, C)
+        x = (x if read is None else x[read]) + y  # the residual stream, of the same positions
         return x + self.mlp(self.ln_2(x))
 
 
@@ -265,14 +264,14 @@ class GPT(Trunk):
         super().__init__(parents)
         self.width, self.vocab_size = config.n_embd, vocab_size
         self.longest_path = config.block_size
-        self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(vocab_size, config.n_embd)  # tokens
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions along a path
         self.pred = pred_table(config.n_pred, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight  # tied
+        self.lm_head.weight = self.wte.weight  # tied: one matrix reads tokens and writes them
         self.init_weights()
 
     def init_weights(self):
@@ -292,8 +291,8 @@ class GPT(Trunk):
         return embed_tokens(idx, self.wte, self.pred)
 
     def layers(self, x, position_ids, attn_mask, cache=None, read=None, streams=None):
-        x = self.drop(x + self.wpe(position_ids))
-        mask = mask_for(x, attn_mask)
+        x = self.drop(x + self.wpe(position_ids))  # (B, T, C)
+        mask = mask_for(x, attn_mask)  # in the form that attention is quickest with
         for i, layer in enumerate(self.h):
             if streams is not None:
                 streams.append(self.ln_f(x))
@@ -313,5 +312,5 @@ class GPT(Trunk):
         whole_row = 6 * C * C + 4 * T * C  # per token: c_attn; scores and weighted sum
         rest = 18 * C * C  # the attention's c_proj and the MLP; in the last layer where read
         n_rest = (n_layer - 1) * B * T + wanted.sum().item()
-        output = 2 * C * self.vocab_size * n_labels
+        output = 2 * C * self.vocab_size * n_labels  # the output layer, at labels alone
         return n_layer * B * T * whole_row + n_rest * rest + output
