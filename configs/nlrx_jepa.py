@@ -1,9 +1,11 @@
-# English -> regex with JEPA: a 3M model on the built-in generator, or on any file of pairs with
+# English -> regex with JEPA: a 3.3M model on the built-in generator, or on any file of pairs with
 # --dataset=path.jsonl (the official repository's messages, question/answer or text/code).
 dataset = "regex"
 tokenizer = "bpe"
-bpe_vocab_size = 400  # 1024 merges what belongs to several rules: NL-RX-Synth .67 for .77
-labels = "all"  # learns the descriptions too: .81
+# With 1,024 tokens, some span the end of one rule and the start of the next: NL-RX-Synth is answered
+# exactly in .67 of cases, with 400 tokens in .77, and with labels on the description too in .81.
+bpe_vocab_size = 400
+labels = "all"
 n_layer = 4
 n_head = 4
 n_embd = 256
