@@ -44,13 +44,13 @@ from views import Pairs, layout_of
 class Training(NamedTuple):
     """What a step works with."""
 
-    pairs: Pairs
-    model: Trunk
+    pairs: Pairs  # train, with the config
+    model: Trunk  # whose weights are updated
     forward: Callable  # the model, wrapped where gradients are averaged over processes
     ema: Trunk | None  # an average of the weights, which encodes the targets
     optimizer: torch.optim.Optimizer
-    autocast: Callable
-    processes: Processes
+    autocast: Callable  # opens the context in which a forward pass runs in the config's dtype
+    processes: Processes  # this one among those that share each batch
 
 
 # --- one step ---------------------------------------------------------------------------------
@@ -76,25 +76,25 @@ def train_step(t: Training, step: int) -> dict[str, float]:
     n_jepa = sum(micro.has_jepa.sum() for micro in micro_batches)
     total = dict(ce=0.0, jepa=0.0, spread=0.0)
     for micro in micro_batches:
-        batch = Batch(*map(t.processes.mine, micro.batch)).to(device)
+        batch = Batch(*map(t.processes.mine, micro.batch)).to(device)  # (B, T) each
         with t.autocast():
             hidden, ce_sum = t.forward(batch, objective.reads(batch.block, config))
-        ce = ce_sum / n_labels
+        ce = ce_sum / n_labels  # nats per label
         jepa = regularizer = torch.zeros((), device=device)
         if micro.has_jepa.any():
             pred, target = pred_and_target(t, micro, hidden, batch.block)  # (n, C) each
-            share = float(micro.has_jepa.sum() / n_jepa)
+            share = float(micro.has_jepa.sum() / n_jepa)  # of the step's JEPA examples
             jepa = share * distance(pred, target, config.jepa_loss)
-            if config.spread != "none" and len(pred) > 1:
+            if config.spread != "none" and len(pred) > 1:  # one example has nothing to be apart of
                 regularizer = share * spread(pred, target, config.spread)
-        loss = weighted(ce, jepa, regularizer)
+        loss = weighted(ce, jepa, regularizer)  # γ CE + λ d + μ R
         (world * loss).backward()  # DistributedDataParallel takes the mean, we want the sum
         for name, value in zip(total, (ce, jepa, regularizer)):
             total[name] += value.item()
 
     total["ce"] = t.processes.sum(total["ce"], device)  # the other terms are the same in each
     total["loss"] = weighted(*total.values())
-    limit = config.grad_clip or math.inf
+    limit = config.grad_clip or math.inf  # inf only measures the norm
     norm = torch.nn.utils.clip_grad_norm_(t.model.parameters(), limit).item()
     if not (math.isfinite(total["loss"]) and math.isfinite(norm)):
         fail(f"loss {total['loss']} with gradient norm {norm} at step {step}: stopped before the "
@@ -104,7 +104,7 @@ def train_step(t: Training, step: int) -> dict[str, float]:
     if t.ema:
         with torch.no_grad():
             for average, p in zip(t.ema.parameters(), t.model.parameters()):
-                average.lerp_(p, 1 - config.ema)
+                average.lerp_(p, 1 - config.ema)  # ema * average + (1 - ema) * p
     if not n_jepa:  # these were not computed, which is not 0
         del total["jepa"], total["spread"]
     return {**total, "grad_norm": norm, **cost(t.model, config, micro_batches)}
@@ -123,7 +123,7 @@ def plan(t: Training, step: int, micro: int) -> MicroBatch:
     """Micro-batch `micro` of a step, of all processes together."""
     pairs, config, layout = t.pairs, t.pairs.config, t.pairs.layout
     objective = OBJECTIVES[config.objective]
-    row, target = objective.row(layout), objective.target(layout)
+    row, target = objective.row(layout), objective.target(layout)  # blocks, one block
     examples = pairs.batch(step * config.gradient_accumulation_steps + micro)
     has_jepa = pairs.with_jepa(examples, step, micro)
     if not separate_target(config):
@@ -148,7 +148,7 @@ def pred_and_target(t: Training, micro: MicroBatch, hidden, block):
     states of this process's rows. Terms that compare examples see those of all processes: each
     computes the whole loss, and of its gradient what its own examples cause."""
     config, views = t.pairs.config, OBJECTIVES[t.pairs.config.objective].views
-    has_jepa = torch.from_numpy(micro.has_jepa).to(hidden.device)
+    has_jepa = torch.from_numpy(micro.has_jepa).to(hidden.device)  # (B,) of all processes
     pred, target = views(hidden, block, config)
     pred = t.processes.gather(pred)[has_jepa]
     if micro.alone is None:
@@ -159,7 +159,7 @@ def pred_and_target(t: Training, micro: MicroBatch, hidden, block):
         read = OBJECTIVES[config.objective].reads(block, config)
         hidden, _ = (t.ema or t.model)(Batch(idx, block, None), read)
     _, target = views(hidden, block, config)
-    return pred, t.processes.gather(target)[: len(pred)]
+    return pred, t.processes.gather(target)[: len(pred)]  # without the ones that stand again
 
 
 def cost(model: Trunk, config: Config, micro_batches: list[MicroBatch]) -> dict[str, int]:
@@ -179,8 +179,8 @@ def learning_rate(step: int, config: Config) -> float:
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     last = max(config.lr_decay_iters or config.max_iters, config.warmup_iters + 1)
-    progress = min(1, (step - config.warmup_iters) / (last - config.warmup_iters))
-    half_cosine = (1 + math.cos(math.pi * progress)) / 2
+    progress = min(1, (step - config.warmup_iters) / (last - config.warmup_iters))  # 0 to 1
+    half_cosine = (1 + math.cos(math.pi * progress)) / 2  # 1 to 0
     return config.min_lr + half_cosine * (config.learning_rate - config.min_lr)
 
 
@@ -201,7 +201,7 @@ def make_optimizer(model: Trunk, config: Config) -> torch.optim.AdamW:
 def train(t: Training, folder: Folder, progress: Progress) -> dict[str, float]:
     """Steps until max_iters or a signal. Returns the measures of the last evaluation."""
     config, device, stop = t.pairs.config, t.model.device, StopSignal()
-    measures, warned, recent = {}, False, deque(maxlen=20)
+    measures, warned, recent = {}, False, deque(maxlen=20)  # recent: seconds and tokens of steps
     t.model.train()
     while True:
         stopping = t.processes.agree(stop.number, device)
@@ -225,7 +225,7 @@ def train(t: Training, folder: Folder, progress: Progress) -> dict[str, float]:
             t.processes.leave()
             raise SystemExit(128 + stopping)
         if progress.step >= config.max_iters:
-            return measures
+            return measures  # of the evaluation just above
 
         # one step
         begin, step = time.time(), progress.step

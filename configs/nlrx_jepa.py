@@ -2,8 +2,8 @@
 # --dataset=path.jsonl (the official repository's messages, question/answer or text/code).
 dataset = "regex"
 tokenizer = "bpe"
-# With 1,024 tokens, some span the end of one rule and the start of the next: NL-RX-Synth is answered
-# exactly in .67 of cases, with 400 tokens in .77, and with labels on the description too in .81.
+# With 1,024 tokens, some span the end of one rule and the start of the next: .67 of NL-RX-Synth is
+# answered exactly, with 400 tokens .77, and with labels on the description as well .81.
 bpe_vocab_size = 400
 labels = "all"
 n_layer = 4
