@@ -7,12 +7,14 @@ line. Everything is checked before the first step; a mistake is one line on stde
 """
 
 import math
-import runpy
+import re
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from plumbing.options import convert, fail, parse_args, program
+from plumbing import options
+from plumbing.options import fail, folder_name, parse_args, program
 
 RECIPES = Path(__file__).resolve().parent / "configs"
 
@@ -20,7 +22,7 @@ RECIPES = Path(__file__).resolve().parent / "configs"
 @dataclass(frozen=True)
 class Config:
     # what one really touches
-    dataset: str = "gsm8k"  # gsm8k | a .jsonl or .txt | made here: word_problems, regex, relations
+    dataset: str = "gsm8k"  # gsm8k | file | folder | owner/name | word_problems, regex, relations
     max_iters: int = 500  # steps
     batch_size: int = 16  # examples in a micro-batch, of all processes together
     learning_rate: float = 1e-3  # peak
@@ -37,21 +39,25 @@ class Config:
     seed: int = 1337  # weights, data order, dropout
     # where it runs, and how
     recipe: str = ""  # name of the recipe; filled in by the loader
-    out_dir: str = ""  # folder of the run; empty means out/<recipe>
-    init_from: str = "scratch"  # scratch | resume (go on from out_dir/ckpt.pt)
+    out_dir: str = ""  # folder of the run; empty is out/<recipe> and what differs from the recipe
+    init_from: str = "scratch"  # scratch | resume (from ckpt.pt) | previous (ckpt-previous.pt)
     device: str = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | cuda:1 | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
     compile: bool = True  # torch.compile the model on CUDA; it is slower than eager on a CPU
     # evaluation and logging
     eval_interval: int = 100  # steps between evaluations; each also writes a checkpoint
     eval_pairs: int = 256  # held-out pairs in an evaluation, the same ones every time
+    patience: int = 0  # stop after this many evaluations without a better val_ce; 0 never does
     eval_answers: int = 0  # held-out questions it answers (val_exact ...); 0 does not ask
+    score: str = "auto"  # of answers: auto (train decides) | number | final | string | regex
     log_interval: int = 10  # steps between progress lines
     # data
     data_dir: str = ""  # folder of GSM8K's train.jsonl and test.jsonl; empty means data/gsm8k
     offline_fallback: bool = True  # train on word_problems when gsm8k cannot be had
     train_rows: int = 0  # train on this many rows, a fixed random choice; 0 is all
-    bad_lines: str = "error"  # error | skip (count unreadable JSONL lines and go on)
+    bad_lines: str = "error"  # error | skip (count lines and rows that are no pair and go on)
+    fields: str = ""  # names of your fields, as instruction+input:output; empty: the usual ones
+    group: str = ""  # a field: rows that agree in it are never split between train and validation
     tokenizer: str = "gpt2"  # gpt2 (50257 tokens) | bpe (trained on train) | words (relations)
     bpe_vocab_size: int = 8192  # size of the bpe vocabulary, its two special tokens included
     answer_view: str = "full"  # full (worked answer, as in the paper) | final (number after ####)
@@ -82,17 +88,24 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
 
 
+# What data of one's own is named by, beside folders and the hub; and what is made here.
+OWN_FILES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".txt")
+MADE_HERE = ("word_problems", "regex", "regex_depth", "relations", "relations_full")
+
 # Where a run happens and how much of it is shown, not what is trained: two runs that differ in
 # these alone are one and the same. Resuming, sweeps and eval_alignment.py go by it.
 WHERE = ("recipe", "out_dir", "init_from", "device", "compile", "data_dir", "log_interval")
+# How long a run takes and how often it is measured: a resumed one may change it.
+LATER = ("max_iters", "lr_decay_iters", "eval_interval", "patience")
 
 CHOICES = {
-    "init_from": ("scratch", "resume"),
+    "init_from": ("scratch", "resume", "previous"),
     "dtype": ("auto", "float32", "bfloat16"),
     "bad_lines": ("error", "skip"),
     "tokenizer": ("gpt2", "bpe", "words"),
     "answer_view": ("full", "final"),
     "labels": ("answer", "all"),
+    "score": ("auto", "number", "final", "string", "regex"),
     "views": ("pairs", "steps", "steps_random", "split", "facts"),
     "system_prompt": ("keep", "drop"),
     "jepa_dropout_per": ("batch", "example"),
@@ -107,11 +120,15 @@ POSITIVE = {
     "max_iters", "learning_rate", "eval_interval", "eval_pairs", "log_interval",
 }  # fmt: skip
 
+find_recipe = partial(options.find_recipe, RECIPES)
+read_recipe = partial(options.read_recipe, Config, RECIPES)
+
 
 def load_config(argv: list[str]) -> Config:
     """Config from command-line arguments: an optional recipe, then any number of --key=value.
 
-    Prints the path of the recipe it read. Exits with code 2 and one line on any mistake.
+    Prints the path of the recipe it read. Exits with code 2 and one line on any mistake. A run that
+    is resumed takes its config from the checkpoint (run.read_to_resume), which is checked there.
     """
     usage = f"{program()} [RECIPE] [--key=value ...]"
     values, recipes = parse_args(Config, argv, usage)
@@ -122,39 +139,14 @@ def load_config(argv: list[str]) -> Config:
         print(f"recipe {path}")
     recipe = read_recipe(path) if path else {}
     name = path.stem if path else "default"
-    settings = {**recipe, **values, "recipe": name}
-    settings["out_dir"] = settings.get("out_dir") or f"out/{name}"
-    config = Config(**settings)
-    check(config)
+    config, plain = Config(**{**recipe, **values, "recipe": name}), asdict(Config(**recipe))
+    # Two runs that train something else have two folders, so neither moves the other away.
+    differs = {key: value for key, value in what(config).items()
+               if key not in LATER and value != plain[key]}  # fmt: skip
+    config = replace(config, out_dir=config.out_dir or f"out/{folder_name(name, differs)}")
+    if config.init_from not in ("resume", "previous"):
+        check(config)
     return config
-
-
-def find_recipe(name: str) -> Path:
-    """A path that exists is the recipe; else its stem names a file in configs/."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = sorted(p.stem for p in RECIPES.glob("*.py"))
-    if path.stem not in known:
-        fail(f"no recipe {name}: no such file, and configs/ holds {', '.join(known)}")
-    return RECIPES / f"{path.stem}.py"
-
-
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The assignments of a recipe file over those of its base, checked against Config.
-
-    `base = "gsm8k_jepa"` starts from that recipe; `above` are those that named this one as theirs.
-    """
-    if path in above:
-        fail(f"recipe {path} is its own base; remove its line base = ...")
-    try:
-        names = runpy.run_path(str(path))
-    except Exception as error:  # a recipe is the user's code: whatever it raises is theirs
-        fail(f"recipe {path} does not run: {type(error).__name__}: {error}".splitlines()[0])
-    values = {k: v for k, v in names.items() if not k.startswith("_")}
-    base = values.pop("base", None)
-    inherited = read_recipe(find_recipe(str(base)), (*above, path)) if base else {}
-    return {**inherited, **{k: convert(Config, k, v, f"in {path}") for k, v in values.items()}}
 
 
 def check(config: Config) -> None:
@@ -198,8 +190,15 @@ def check_data(config: Config) -> None:
     if config.dataset.endswith(".txt") and config.views != "split":
         fail(f"dataset={config.dataset} is running text and needs views=split")
     if config.data_dir and config.dataset != "gsm8k":
-        fail(f"data_dir={config.data_dir} goes with dataset=gsm8k; a file of your own is named by "
-             "dataset=folder/pairs.jsonl")
+        fail(f"data_dir={config.data_dir} goes with dataset=gsm8k; data of your own is named by "
+             "dataset=folder or dataset=folder/pairs.jsonl")
+    for key in ("fields", "group"):
+        made = config.dataset in MADE_HERE or config.dataset.endswith(".txt")
+        if getattr(config, key) and made:
+            fail(f"{key}={getattr(config, key)} goes with rows of your own, not {config.dataset}")
+    if config.fields and not re.fullmatch(r"[^+:]+(\+[^+:]+)*:[^+:]+(\+[^+:]+)*", config.fields):
+        fail(f"fields={config.fields} must name the question's fields and the answer's, as in "
+             "instruction+input:output")
     if config.eval_answers and config.views in ("facts", "split"):
         fail(f"eval_answers={config.eval_answers}: views={config.views} asks no question")
     if config.bpe_vocab_size < 320:
@@ -223,8 +222,9 @@ def check_objective(config: Config) -> None:
 
 def relocated(config: Config, folder: str) -> Config:
     """The config of a run whose data now lies in `folder`; an empty one means where it was."""
-    if folder and config.dataset.endswith((".jsonl", ".txt")):
-        return replace(config, dataset=str(Path(folder) / Path(config.dataset).name))
+    if folder and config.dataset not in ("gsm8k", *MADE_HERE):
+        file = Path(config.dataset).name if config.dataset.endswith(OWN_FILES) else ""
+        return replace(config, dataset=str(Path(folder) / file))
     return replace(config, data_dir=folder or config.data_dir)
 
 

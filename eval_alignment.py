@@ -5,25 +5,30 @@
 
 Writes alignment.png, alignment_panel.png and alignment.json beside the runs. It only evaluates, it
 never trains. Runs that differ in nothing but their seed are one model: mean and sd. An
-untrained model of the first run's size is measured as the floor: a cosine means nothing without
-the cosine of mismatched pairs, and neither means much without what no training at all gives.
+untrained model is measured as the floor: a cosine means nothing without the cosine of mismatched
+pairs, and neither means much without what no training at all gives.
+
+Runs of other sizes, tokenizers, views or pairs cannot share a floor. Each group that can has its
+own tables, floor and figures: alignment.png and alignment_panel.png for the first, then
+alignment-2.png and alignment_panel-2.png, and so on. One alignment.json holds all of them.
 """
 
+import hashlib
 import itertools
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from alignment import alignment, held_out_batches, verdict
+from alignment import alignment, held_out_batches, target_groups, verdict
 from config import fail, parse_args, what
 from data import Data
-from jepa import OBJECTIVES, cosines, off_diagonal
+from jepa import OBJECTIVES, cosines, wrong_pairs
 from model import Trunk, block_ends, read_hidden
 from plumbing.alignment_plots import Models, draw_pairs, draw_panel
 from plumbing.files import read_records, write_figure, write_json
@@ -31,7 +36,7 @@ from plumbing.linear_map import difference_spectrum, linear_r2
 from plumbing.processes import pick_device, run_main, versions
 from plumbing.stats import mean_sd, plus_minus
 from run import Run, data_of, load_run, make_model, runs_newest_first
-from views import CODE, PRED, TEXT, Pairs
+from views import CODE, PRED, TARGET, TEXT, Pairs
 
 FIRST_TABLE = {  # measure: title, digits
     "ce": ("CE", 3), "matched": ("matched", 3), "mismatched": ("mismatched", 3),
@@ -42,6 +47,9 @@ SECOND_TABLE = {
     "within_pred": ("within pred", 3), "within_target": ("within target", 3),
     "linear_r2": ("linear R²", 3), "linear_r2_shuffled": ("shuffled R²", 3),
 }  # fmt: skip
+# Fields that decide what an untrained model scores; beside them the tokenizer and the pairs do.
+COMPARABLE = ("n_layer", "n_head", "n_embd", "n_pred", "bias", "views", "layout", "objective",
+              "pooling", "labels")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,17 @@ class Measured:
     cosines: torch.Tensor  # (n, n) every pred with every target
     views: torch.Tensor  # (3, n, C) Enc(text), Enc(code), Pred(text)
     settings: str  # the config, less what seeds of one recipe may differ in
+    groups: np.ndarray | None = None  # (n,) equal where two pairs have the same answer
     curve: list[dict] = field(default_factory=list)  # evaluations in training, of metrics.jsonl
-    n_eval: int = 0  # pairs in each of those
+    eval_chance: float = 0.0  # of retrieval@1 in those
+
+
+class Comparison(NamedTuple):
+    """Models that may stand in one table, the floor last, and the data as the first of them has
+    it."""
+
+    models: Models
+    data: dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +96,7 @@ def main(argv: list[str]) -> None:
     device, autocast = pick_device(args.device, args.dtype)
     paths = [Path(name) for name in names] or same_data(runs_newest_first())
 
-    measured, floor, first_texts, data = [], None, None, None
+    measured, floors, data = {}, {}, None  # by what makes them comparable
     for path in paths:
         run = load_run(path, device)
         digest = data and data.provenance["train_sha256"]
@@ -87,41 +104,61 @@ def main(argv: list[str]) -> None:
         if digest not in (None, data.provenance["train_sha256"]):
             fail(f"{run.path} was trained on other data than {paths[0]}: compare runs on one set")
         pairs = chosen_pairs(data, args)
-        texts = [[run.tokenizer.decode(pairs.view(example, view)) for view in (TEXT, CODE)]
-                 for example in range(len(pairs))]  # fmt: skip
-        if texts != (first_texts := first_texts or texts):
-            print(f"note: {run.name} is measured on other pairs than {measured[0].numbers['name']} "
-                  "(views or block_size differ)")
         m = measure(run, pairs, autocast)
         m.curve = [r for r in read_records(run.path.parent / "metrics.jsonl") if "val_ce" in r]
-        m.n_eval = min(run.config.eval_pairs, len(data.pairs["val"]))
-        measured.append(m)
-        floor = floor or measure(untrained(run), pairs, autocast)
-    # JEPA first, then the baselines, then the floor
-    measured.sort(key=lambda m: m.numbers["jepa_weight"] == 0)
-    models = [*by_settings(measured), ("untrained", [floor])]
-    write_results(paths[0], models, args, data.provenance)
+        n_eval = min(run.config.eval_pairs, len(data.pairs["val"]))
+        m.eval_chance = (m.curve or [{}])[-1].get("val_chance", 1 / n_eval)
+        alike = comparable(run, pairs)
+        if alike not in floors:
+            floors[alike] = measure(untrained(run), pairs, autocast), data.provenance
+        measured.setdefault(alike, []).append(m)
+    comparisons = []
+    for alike, some in measured.items():
+        # JEPA first, then the baselines, then the floor
+        some.sort(key=lambda m: m.numbers["jepa_weight"] == 0)
+        floor, about_data = floors[alike]
+        floor.numbers["name"] = name = floor_name(alike, list(measured))
+        comparisons.append(Comparison([*by_settings(some), (name, [floor])], about_data))
+    write_results(paths[0], comparisons, args)
 
 
-def write_results(first_path: Path, models: Models, args: Args, data: dict[str, Any]) -> None:
-    """alignment.json, both figures and both tables."""
-    n = len(models[-1][1][0].cosines)
-    about = {"split": args.split, "n_pairs": n, "pairs_seed": args.pairs_seed, "data": data,
-             **versions()}  # fmt: skip
+def write_results(first_path: Path, comparisons: list[Comparison], args: Args) -> None:
+    """alignment.json, and both figures and both tables of each comparison."""
     folder = (first_path if first_path.is_dir() else first_path.parent).resolve().parent
-    write_json(folder / "alignment.json", {
-        **about, "models": [m.numbers for _, group in models for m in group],
-        "over_seeds": over_seeds(models)})  # fmt: skip
-    first, second = tables(models)
-    write_figure(folder / "alignment.png", draw_pairs(models, first, about))
-    write_figure(folder / "alignment_panel.png", draw_panel(models, second, about))
-    print(f"\n{n} held-out pairs of {data['dataset']} ({args.split}); retrieval@1 by chance "
-          f"{1 / n:.3f}")
-    for rows in (first, second):
+    groups, made = [], versions()
+    for number, (models, data) in enumerate(comparisons, 1):
+        floor = models[-1][1][0].numbers
+        n, shared = len(models[-1][1][0].cosines), floor["shared"]
+        about = {"split": args.split, "n_pairs": n, "shared": shared, "chance": floor["chance"],
+                 "pairs_seed": args.pairs_seed, "data": data, **made}  # fmt: skip
+        first, second = tables(models)
+        ending = f"-{number}" if number > 1 else ""
+        figures = {f"alignment{ending}.png": draw_pairs(models, first, about),
+                   f"alignment_panel{ending}.png": draw_panel(models, second, about)}
+        for name, figure in figures.items():
+            write_figure(folder / name, figure)
+        groups.append({**about, "figures": list(figures), "over_seeds": over_seeds(models),
+                       "models": [m.numbers for _, seeds in models for m in seeds]})  # fmt: skip
+        print_tables([first, second], about)
+    # The first group's facts stand at the top; the rows of all groups in one list, with its number.
+    rows = {key: [{**row, "group": number} for number, group in enumerate(groups, 1)
+                  for row in group.pop(key)] for key in ("models", "over_seeds")}  # fmt: skip
+    about = {key: value for key, value in groups[0].items() if key != "figures"}
+    write_json(folder / "alignment.json", {**about, **rows, "groups": groups})
+    names = [name for group in groups for name in group["figures"]]
+    print(f"wrote {folder / names[0]}, {', '.join(names[1:])} and alignment.json")
+
+
+def print_tables(both: list[list[list[str]]], about: dict[str, Any]) -> None:
+    """The tables of a comparison under a line that says what they are of."""
+    shared = f", {about['shared']} share their answer" if about["shared"] else ""
+    print(f"\n{about['n_pairs']} held-out pairs of {about['data']['dataset']} ({about['split']})"
+          f"{shared}; retrieval@1 by chance {about['chance']:.3f}")
+    for rows in both:
+        width = max(24, *(len(cells[0]) + 2 for cells in rows))
         for cells in rows:
-            print(f"{cells[0]:<24}" + "".join(f"{cell:>15}" for cell in cells[1:]))
+            print(f"{cells[0]:<{width}}" + "".join(f"{cell:>15}" for cell in cells[1:]))
         print()
-    print(f"wrote {folder / 'alignment.png'}, alignment_panel.png and alignment.json")
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -154,6 +191,24 @@ def chosen_pairs(data: Data, args: Args) -> Pairs:
     return pairs
 
 
+def comparable(run: Run, pairs: Pairs) -> tuple[tuple[str, Any], ...]:
+    """Name and value of all that two runs have to share to stand in one table, with one floor."""
+    views = [[pairs.view(example, block) for block in (TEXT, CODE, TARGET)]
+             for example in range(len(pairs))]  # fmt: skip
+    digest = hashlib.sha256(str([*views, pairs.question_length.tolist()]).encode()).hexdigest()
+    tokenizer = f"{run.tokenizer.name}-{run.tokenizer.sha256[:8]}"
+    fields = ((key, getattr(run.config, key)) for key in COMPARABLE)
+    return (*fields, ("tokenizer", tokenizer), ("pairs", digest[:8]))
+
+
+def floor_name(alike: tuple, all_of_them: list[tuple]) -> str:
+    """untrained, and in what the group differs from the others, if there are any. The tokens of
+    the pairs differ with most else: they are named where nothing else differs."""
+    differs = [each for each in alike if any(each not in other for other in all_of_them)]
+    told = [f"{key}={value}" for key, value in differs if key != "pairs" or len(differs) == 1]
+    return " ".join(["untrained", *told])
+
+
 def untrained(run: Run) -> Run:
     """The same network before its first step: the floor."""
     torch.manual_seed(run.config.seed)
@@ -164,10 +219,11 @@ def untrained(run: Run) -> Run:
 def measure(run: Run, pairs: Pairs, autocast) -> Measured:
     """The whole panel for one model; step 0 is an untrained one."""
     ce, layers = embed_layers(run.model, pairs, autocast)
-    by_layer = [alignment(pred, code) for _, code, pred in layers]
+    groups = target_groups(pairs, len(pairs))
+    by_layer = [alignment(pred, code, groups) for _, code, pred in layers]
     keys = ("matched", "mismatched", "effective_rank_pred", "effective_rank_target")
     text, code, pred = layers[-1]
-    panel = collapse_panel(pred, text, code)
+    panel = collapse_panel(pred, text, code, groups)
     numbers = {
         "name": run.name, "step": run.step,
         "jepa_weight": run.config.jepa_weight if run.step else None,
@@ -175,7 +231,7 @@ def measure(run: Run, pairs: Pairs, autocast) -> Measured:
         "layers": {key: [measures[key] for measures in by_layer] for key in keys},
     }  # fmt: skip
     settings = {**what(run.config), "seed": None, "step": run.step}
-    return Measured(numbers, cosines(pred, code), layers[-1], str(settings))
+    return Measured(numbers, cosines(pred, code), layers[-1], str(settings), groups)
 
 
 @torch.no_grad()
@@ -210,9 +266,10 @@ def embed_layers(trunk: Trunk, pairs: Pairs, autocast):
 
 
 def collapse_panel(
-    pred: torch.Tensor, text: torch.Tensor, target: torch.Tensor
+    pred: torch.Tensor, text: torch.Tensor, target: torch.Tensor, groups=None
 ) -> dict[str, float | str | list[float]]:
-    """Every measure there is on N pairs: Pred(text), Enc(text) and Enc(code), (N, C) each.
+    """Every measure there is on N pairs: Pred(text), Enc(text) and Enc(code), (N, C) each; groups
+    (N,) are equal where two of them have the same answer.
 
     To `alignment` of pred and target it adds the cosines within each of the two, and for
     Enc(text) and Enc(code), as in the paper, `linear_r2` and `difference_spectrum`; both once
@@ -222,8 +279,9 @@ def collapse_panel(
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(text), generator=generator) for _ in range(5)]
     return {
-        **alignment(pred, target),
-        "within_pred": within_cosine(pred), "within_target": within_cosine(target),
+        **alignment(pred, target, groups),
+        "within_pred": within_cosine(pred, groups),
+        "within_target": within_cosine(target, groups),
         "linear_r2": r2, "linear_r2_flaw": flaw,
         "linear_r2_shuffled": sum(linear_r2(text, target[order])[0] for order in orders) / 5,
         "singular_values": difference_spectrum(text, target),
@@ -231,9 +289,9 @@ def collapse_panel(
     }  # fmt: skip
 
 
-def within_cosine(x: torch.Tensor) -> float:
-    """Mean cosine of two different rows of one view (N, C): 1 when all of them point one way."""
-    return off_diagonal(cosines(x.float(), x.float())).mean().item()
+def within_cosine(x: torch.Tensor, groups=None) -> float:
+    """Mean cosine of two rows of one view (N, C) whose answers differ: 1 when all point one way."""
+    return cosines(x.float(), x.float())[wrong_pairs(x, groups)].mean().item()
 
 
 # --- seeds of one recipe ----------------------------------------------------------------------

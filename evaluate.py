@@ -6,9 +6,10 @@
 
 Answers are greedy, or the best of several (--samples). Writes accuracy.json and generations.jsonl
 (a line per answer) into the run's folder; an interrupted evaluation goes on where it stopped. A
-right answer, `exact`: for GSM8K and word problems the number after the last ####, for anything else
-the very string. `prefix`: the answer starts with the target. `stopped`: it ended by itself.
-`equivalent` (regexes): it describes the same lines.
+right answer, `exact`, is the same number after the last #### or the very string: training decided
+by its data which, --score says otherwise. `prefix`: the answer starts with the target. `contains`:
+the target, or its number, stands somewhere in it. `stopped`: it ended by itself. `equivalent`
+(regexes): it describes the same lines.
 """
 
 import math
@@ -19,16 +20,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import fail, parse_args
+from config import CHOICES, fail, parse_args
 from generate import SHARES, Asking, answer, longest_answer, share_of
 from plumbing.files import append_lines, read_records, set_aside, write_json, write_lines
 from plumbing.jsonl import read_jsonl
 from plumbing.processes import clock, pick_device, run_main, versions
+from plumbing.scoring import refuse_no_number
 from plumbing.stats import mcnemar, wilson
 from run import Run, data_of, load_run, runs_newest_first
 from views import Pairs, tokenize
-
-SCORES = ("auto", "number", "final", "string", "regex")
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ class Args:
     split: str = "test"  # test | val | train
     file: str = ""  # a .jsonl of pairs instead of the run's own split
     n: int = 0  # the first n of them; 0 is all
+    best: bool = False  # the run's best.pt (lowest val_ce) instead of its last checkpoint
     data_dir: str = ""  # folder of the data, if it is no longer where the run found it
     out_dir: str = ""  # folder of the run, as train.py spells it; RUN says the same
     # how to answer and score
-    max_new_tokens: int = 0  # at most; 0 is the length of the longest answer in train
+    max_new_tokens: int = 0  # at most; 0 is the longest answer of train and of what is asked
     batch_size: int = 64  # questions at a time
-    score: str = "auto"  # auto | number (after ####) | final (a number alone) | string | regex
+    score: str = "auto"  # auto (the run's) | number (after ####) | final (alone) | string | regex
     # choosing among several answers to a question
     samples: int = 0  # answers drawn beside the greedy one, all in memory; the best is scored
     temperature: float = 0.7  # of what is drawn
@@ -67,13 +68,13 @@ def main(argv: list[str]) -> None:
     if args.split not in ("train", "val", "test") or args.batch_size < 1:
         fail(f"split={args.split} must be test, val or train, and batch_size={args.batch_size} "
              "at least 1")
-    if args.score not in SCORES:
-        fail(f"score={args.score} is not one of {', '.join(SCORES)}")
+    if args.score not in CHOICES["score"]:
+        fail(f"score={args.score} is not one of {', '.join(CHOICES['score'])}")
     names += [args.out_dir] if args.out_dir else []
     device, autocast = pick_device(args.device, args.dtype)
     results = []
     for path in [Path(name) for name in names] or runs_newest_first()[:1]:
-        results.append(evaluate(load_run(path, device), args, autocast))
+        results.append(evaluate(load_run(path, device, args.best), args, autocast))
         args = replace(args, score=results[0][0]["score"])  # one rule for all that are compared
     print_table([summary for summary, _ in results])
     for other in results[1:]:
@@ -81,11 +82,14 @@ def main(argv: list[str]) -> None:
 
 
 def print_table(summaries: list[dict]) -> None:
-    """A row per run: shares with their 95 % intervals."""
+    """A row per run: questions, those of them that were too long, and shares of all of them with
+    their 95 % intervals."""
     keys = [key for key in SHARES if key in summaries[0]]
-    print(f"\n{'run':<28}{'n':>6}" + "".join(f"{key:>22}" for key in keys))
+    width = max(len("run"), *(len(summary["run"]) for summary in summaries))
+    head = f"\n{'run':<{width}}{'n':>6}{'left out':>10}"
+    print(head + "".join(f"{key:>22}" for key in keys))
     for summary in summaries:
-        line = f"{summary['run']:<28}{summary['n']:>6}"
+        line = f"{summary['run']:<{width}}{summary['n']:>6}{summary['left_out']:>10}"
         for key in keys:
             low, high = summary[f"{key}_95"]
             line += f"{summary[key]:>8.3f} [{low:.3f}, {high:.3f}]"
@@ -130,9 +134,10 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     args = refuse_or_adapt(run, args)
     questions = questions_of(run, args)
     # A question longer than block_size is not answered, and so counts as wrong.
-    n_asked = int((questions.pairs.source_row < questions.n).sum())
+    n_asked = asked_of(questions.pairs, questions.n)
     if not n_asked:
         fail(f"none of the {questions.n} questions fits into block_size={run.config.block_size}")
+    say_what_is_never_right(run, questions, n_asked)
 
     # One file per checkpoint and set of questions; its first line says of what it is.
     about = provenance_of(run, args, questions)
@@ -199,8 +204,37 @@ def questions_of(run: Run, args: Args) -> Questions:
         # Validation that came out of train is known by train's digest.
         digest = data.provenance.get(f"{args.split}_sha256", data.provenance["train_sha256"])
     scoring = data.scoring if args.score == "auto" else args.score
-    limit = args.max_new_tokens or longest_answer(data.pairs["train"])
-    return Questions(pairs, min(args.n or n, n), digest, scoring, limit)
+    if {scoring, data.scoring} == {"number", "final"}:  # after the mark or alone, as the run has it
+        scoring = data.scoring
+    n = min(args.n or n, n)
+    known, asked = longest_answer(data.pairs["train"]), longest_answer(pairs, asked_of(pairs, n))
+    limit = args.max_new_tokens or max(known, asked)
+    print(f"{run.name}: scored as {scoring}; answers of at most {limit} tokens (the longest answer "
+          f"of train has {known}, of those asked {asked})")
+    return Questions(pairs, n, digest, scoring, limit)
+
+
+def asked_of(pairs: Pairs, n: int) -> int:
+    """How many examples the first n rows of a split are: the too long ones are missing."""
+    return int((pairs.source_row < n).sum())
+
+
+def say_what_is_never_right(run: Run, questions: Questions, n_asked: int) -> None:
+    """Lines on the questions that no answer could be right to; exits if that is all of them."""
+    pairs, n = questions.pairs, questions.n
+    if n_asked < n:
+        print(f"{n - n_asked} of {n} questions are longer, with their answer, than block_size="
+              f"{run.config.block_size}: left out, and counted as wrong")
+    answers = [pairs.answer(example) for example in range(n_asked)]
+    n_cut = sum(len(ids) - 1 > questions.max_new_tokens for ids in answers)
+    if n_cut:
+        print(f"{n_cut} of {n_asked} right answers are longer than max_new_tokens="
+              f"{questions.max_new_tokens}: never the very string")
+    if questions.scoring in ("number", "final"):
+        references = [run.tokenizer.decode(ids) for ids in answers]
+        n_none = refuse_no_number(questions.scoring, references, "those asked")
+        if n_none:
+            print(f"{n_none} of {n_asked} references hold no number: never right")
 
 
 def provenance_of(run: Run, args: Args, questions: Questions) -> dict:

@@ -5,10 +5,8 @@
     answer          answers to questions of a split, with their scores
 """
 
-import re
 import time
-from collections.abc import Callable
-from decimal import Decimal
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +15,12 @@ import torch
 from generators.regex_equivalence import equivalent
 from model import Trunk, block_causal_mask
 from plumbing.kernels import packed_weights
+from plumbing.scoring import final_number, holds_number, with_mark
 from plumbing.tokenizers import Tokenizer
 from views import Pairs
 
 GROW = 32  # columns by which a key/value cache grows
-SHARES = ("exact", "prefix", "stopped", "equivalent")  # of answers, as `score` has them
+SHARES = ("exact", "prefix", "contains", "stopped", "equivalent")  # of answers, as `score` has them
 
 
 class Sampling(NamedTuple):
@@ -39,9 +38,10 @@ GREEDY = Sampling(temperature=0)
 @torch.inference_mode()
 def generate(
     trunk: Trunk, prompts: list[list[int]], max_new_tokens: int, eot: int,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling = GREEDY, streams: list[int] | None = None,
 ) -> list[list[int]]:
-    """Continue token lists, each of 1 to longest_path tokens, as one batch with a cache.
+    """Continue token lists, each of 1 to longest_path tokens, as one batch with a cache. `streams`
+    says which random numbers each prompt's answer is drawn by: see Draw.
 
     `eot`, end of text, stops a row, and is the largest id that may be drawn (separator and padding
     of the table lie above it). Returns each prompt's new tokens; they end in eot if it stopped."""
@@ -61,7 +61,7 @@ def generate(
     # A full row goes on with the last position, unread: it is cut below.
     position_ids = position_ids.clamp(max=most - 1)
 
-    draw, cache = Draw(sampling, B, device), trunk.new_cache()
+    draw, cache = Draw(sampling, streams or range(B), S - width, device), trunk.new_cache()
     done = torch.zeros(B, dtype=torch.bool, device=device)
     rows = torch.arange(B, device=device)  # those still in the batch
     start = 0
@@ -96,10 +96,11 @@ def generate(
 @torch.inference_mode()
 def generate_plain(
     trunk: Trunk, prompts: list[list[int]], max_new_tokens: int, eot: int,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling = GREEDY, streams: list[int] | None = None,
 ) -> list[list[int]]:
     """What `generate` has to equal: for every token, each row alone and anew from its first one."""
-    draw, device = Draw(sampling, len(prompts), trunk.device), trunk.device
+    device, streams = trunk.device, streams or range(len(prompts))
+    draw = Draw(sampling, streams, max_new_tokens, device)
     outputs = [[] for _ in prompts]
     for _ in range(max_new_tokens):
         going = [i for i, (prompt, ids) in enumerate(zip(prompts, outputs))
@@ -117,12 +118,19 @@ def generate_plain(
 
 
 class Draw:
-    """Draws tokens for n rows, some of which may have left: random numbers are drawn for all n, so
-    that what a row gets does not depend on which others are left."""
+    """Draws tokens for the rows of a batch, some of which may have left. Each row has random
+    numbers of its own, given by (seed, its stream) alone: neither the batch nor who is left in it
+    changes what it gets. Called once for every new token, at most n_new times."""
 
-    def __init__(self, sampling: Sampling, n: int, device: torch.device):
-        self.sampling, self.n = sampling, n
-        self.generator = torch.Generator(device).manual_seed(sampling.seed)
+    def __init__(
+        self, sampling: Sampling, streams: Sequence[int], n_new: int, device: torch.device
+    ):
+        self.sampling, self.n_drawn = sampling, 0
+        self.uniform = torch.empty(0)  # (n_new, n)
+        if sampling.temperature:
+            drawn = [np.random.Generator(np.random.Philox(key=[sampling.seed, stream]))
+                     .random(n_new, np.float32) for stream in streams]  # fmt: skip
+            self.uniform = torch.from_numpy(np.stack(drawn, 1)).to(device)
 
     def __call__(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """A token for each of `rows` (b,), from its logits (b, V): (b,)."""
@@ -139,7 +147,7 @@ class Draw:
         cumulative = probs.cumsum(-1)
         # Ends in exactly 1, which no random number reaches: nothing of probability 0 is drawn.
         cumulative /= cumulative[:, -1:].clone()
-        u = torch.rand(self.n, 1, generator=self.generator, device=logits.device)[rows]
+        u, self.n_drawn = self.uniform[self.n_drawn, rows, None], self.n_drawn + 1
         drawn = torch.searchsorted(cumulative, u, right=True)
         return (drawn if order is None else order.gather(-1, drawn))[:, 0]
 
@@ -190,29 +198,25 @@ def answer_shares(asking: Asking, pairs: Pairs, n: int) -> dict[str, float]:
     return {key: share_of(records, key) for key in SHARES if records and key in records[0]}
 
 
-def longest_answer(pairs: Pairs) -> int:
-    """Tokens of the longest answer of a split, its end of text included."""
-    return int((pairs.lengths[:, :2].sum(1) - pairs.question_length).max())
+def longest_answer(pairs: Pairs, n: int | None = None) -> int:
+    """Tokens of the longest answer of a split, its end of text included; or of its first n."""
+    return int((pairs.lengths[:n, :2].sum(1) - pairs.question_length[:n]).max(initial=0))
 
 
 def score(output: str, target: str, scoring: str) -> dict[str, bool]:
     """Is an answer right? By scoring: number (the one after ####), final (the text is a number),
-    string (the very same text), regex (the same, and whether it describes the same lines)."""
-    scores = {"exact": output == target, "prefix": output.startswith(target)}
+    string (the very same text), regex (the same, and whether it describes the same lines). A
+    target without a number is never right by number or final."""
+    scores = {"exact": output == target, "prefix": output.startswith(target),
+              "contains": target in output}  # fmt: skip
     if scoring in ("number", "final"):
-        mark = "####" if scoring == "final" else ""
-        value = final_number(mark + target)
-        scores["exact"] = value is not None and final_number(mark + output) == value
+        value = final_number(with_mark(target, scoring))
+        right = value is not None and final_number(with_mark(output, scoring)) == value
+        held = right or holds_number(output, with_mark(target, scoring))
+        scores |= {"exact": right, "contains": scores["contains"] or held}
     if scoring == "regex":
         scores["equivalent"] = scores["exact"] or bool(equivalent(output, target))
     return scores
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after the last ####, without commas and $; None if there is none."""
-    _, mark, after = text.rpartition("####")
-    found = re.match(r"\s*(-?(\d+(\.\d+)?|\.\d+))(?![\d/]|\.\d)", re.sub(r"[$,]", "", after))
-    return Decimal(found[1]) if mark and found else None
 
 
 def share_of(records: list[dict], key: str) -> float:

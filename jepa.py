@@ -4,9 +4,11 @@
     distance, spread              what the loss makes of them
 
 An objective turns hidden states into `pred` and `target`, (B, C) each, where row i of one belongs
-to row i of the other. The losses here and the measures of alignment.py take any such two.
+to row i of the other. The losses here and the measures of alignment.py take any such two, and
+`groups` (B,), equal where two rows have the same answer: these are no wrong pair of each other.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 
 from config import Config
 from model import block_ends, read_hidden
+from plumbing.spreads import sigreg, variance_covariance
 from views import Layout, layout_of
 
 TEMPERATURE = 0.07  # of InfoNCE
@@ -62,12 +65,12 @@ OBJECTIVES = {
 # --- losses -----------------------------------------------------------------------------------
 
 
-def distance(pred: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
+def distance(pred: torch.Tensor, target: torch.Tensor, kind: str, groups=None) -> torch.Tensor:
     """d(Pred(text), Enc(code)), a scalar, 0 at best (InfoNCE: towards 0).
 
     cosine: 1 - cos, in [0, 2]. l2: Euclidean norm of the difference. mse: mean square of it.
     infonce: cross-entropy, in nats, of finding the right target among the batch's (2018,
-    arXiv 1807.03748); B rows of pure chance give ln B.
+    arXiv 1807.03748), copies of it left out; B different answers by pure chance give ln B.
     """
     pred, target = pred.float(), target.float()
     if kind == "cosine":
@@ -78,18 +81,20 @@ def distance(pred: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tenso
         return F.mse_loss(pred, target)
     if kind == "infonce":
         labels = torch.arange(len(pred), device=pred.device)
-        return F.cross_entropy(cosines(pred, target) / TEMPERATURE, labels)
+        wrong, own = wrong_pairs(pred, groups), labels[:, None] == labels
+        logits = (cosines(pred, target) / TEMPERATURE).where(wrong | own, -math.inf)
+        return F.cross_entropy(logits, labels)
     raise ValueError(f"no distance {kind}")
 
 
-def spread(pred: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
+def spread(pred: torch.Tensor, target: torch.Tensor, kind: str, groups=None) -> torch.Tensor:
     """R, a scalar that grows when the embeddings of a batch crowd together; needs B >= 2.
 
     vicreg: for each view, variance and covariance (arXiv 2105.04906): hinge of each channel's
         standard deviation at 1, plus the squared off-diagonal covariances over C.
     sigreg: for each view, distance from an isotropic Gaussian (LeJEPA, arXiv 2511.08544).
-    cross: mean squared cosine between each pred and the targets of the *other* rows. With the
-        cosine distance it makes the spectral contrastive loss (arXiv 2106.04156).
+    cross: mean squared cosine of all wrong pairs, of each pred and the targets of *other* rows.
+        With the cosine distance it makes the spectral contrastive loss (arXiv 2106.04156).
     """
     pred, target = pred.float(), target.float()
     if kind == "vicreg":
@@ -97,34 +102,9 @@ def spread(pred: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "sigreg":
         return (sigreg(pred) + sigreg(target)) / 2
     if kind == "cross":
-        return off_diagonal(cosines(pred, target)).square().mean()
+        wrong = cosines(pred, target)[wrong_pairs(pred, groups)]
+        return wrong.square().mean() if len(wrong) else wrong.sum()  # 0, and still a graph
     raise ValueError(f"no spread term {kind}")
-
-
-def variance_covariance(x: torch.Tensor) -> torch.Tensor:
-    """VICReg's two terms for one view (B, C)."""
-    x = x - x.mean(0)
-    std = (x.square().sum(0) / (len(x) - 1) + 1e-4).sqrt()
-    cov = x.T @ x / (len(x) - 1)  # (C, C)
-    return F.relu(1 - std).mean() + off_diagonal(cov).square().sum() / x.size(1)
-
-
-def sigreg(x: torch.Tensor, n_slices: int = 256, n_knots: int = 17) -> torch.Tensor:
-    """Epps-Pulley statistic of x (B, C) on random directions: about 1 for a standard Gaussian
-    sample, of order B for a point.
-
-    For each of n_slices unit directions, the squared distance between the empirical
-    characteristic function of the projections and the Gaussian's exp(-t^2 / 2), weighted by that
-    same Gaussian and integrated over t in [0, 3] (both are even in modulus), times B.
-    """
-    directions = F.normalize(torch.randn(x.size(1), n_slices, device=x.device), dim=0)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(directions, 0)  # one loss, so one choice for all processes
-    t = torch.linspace(0, 3, n_knots, device=x.device)
-    gauss = (-t.square() / 2).exp()
-    angle = (x @ directions)[..., None] * t  # (B, n_slices, n_knots)
-    gap = (angle.cos().mean(0) - gauss).square() + angle.sin().mean(0).square()
-    return 2 * len(x) * torch.trapezoid(gap * gauss, t, dim=-1).mean()
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -132,6 +112,9 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
-def off_diagonal(square: torch.Tensor) -> torch.Tensor:
-    """The N (N - 1) entries of an (N, N) matrix that are not on its diagonal, as a vector."""
-    return square[~torch.eye(len(square), dtype=torch.bool, device=square.device)]
+def wrong_pairs(x: torch.Tensor, groups=None) -> torch.Tensor:
+    """(N, N) bool for N = len(x): which rows have different answers by `groups` (N,), an array or a
+    tensor; without it each row has an answer of its own."""
+    groups = torch.arange(len(x)) if groups is None else torch.as_tensor(groups)
+    groups = groups.to(x.device)
+    return groups[:, None] != groups

@@ -8,17 +8,18 @@
 
 import math
 import shlex
-from dataclasses import asdict, dataclass, fields
+import sys
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from config import Config, fail, relocated, what
+from config import LATER, Config, check, fail, parse_args, relocated, what
 from data import Data, load_data
 from model import GPT, Trunk
 from plumbing import files
-from plumbing.processes import versions
+from plumbing.processes import clock, versions
 from plumbing.tokenizers import Tokenizer, load_tokenizer
 from views import layout_of
 
@@ -43,9 +44,12 @@ class Run:
     provenance: dict[str, Any]
 
 
-def load_run(path: Path, device: torch.device) -> Run:
-    """The run at `path`, a folder (its last checkpoint) or a checkpoint file, ready to evaluate."""
-    path = path / "ckpt.pt" if path.is_dir() else path
+def load_run(path: Path, device: torch.device, best: bool = False) -> Run:
+    """The run at `path`, ready to evaluate: a folder (its last checkpoint, or the best one) or a
+    checkpoint file."""
+    if path.is_file() and best:
+        fail(f"{path} is a checkpoint already; --best takes the best.pt of a run's folder")
+    path = path / ("best.pt" if best else "ckpt.pt") if path.is_dir() else path
     state = files.read_checkpoint(path, FORMAT)
     config = config_of(state, path)
     tokenizer = tokenizer_of(state, path)
@@ -67,15 +71,16 @@ def data_of(run: Run, folder: str) -> Data:
     if data.provenance["train_sha256"] != trained_on["train_sha256"]:
         fail(f"{run.path} was trained on {trained_on['dataset']} from {trained_on['source']}, "
              f"other data than {data.provenance['source']} holds; --data_dir names a folder")
+    data.score_as(trained_on)
     return data
 
 
-def chosen_run(names: list[str], out_dir: str, device: torch.device) -> Run:
+def chosen_run(names: list[str], out_dir: str, device: torch.device, best: bool = False) -> Run:
     """The one run that a command line names, as an argument or as --out_dir; else the newest."""
     names = [*names, out_dir] if out_dir else names
     if len(names) > 1:
         fail(f"one run at a time, got {' '.join(names)}")
-    return load_run(Path(names[0]) if names else runs_newest_first()[0], device)
+    return load_run(Path(names[0]) if names else runs_newest_first()[0], device, best)
 
 
 def runs_newest_first() -> list[Path]:
@@ -112,6 +117,31 @@ class Progress:
     flops: int = 0
     seconds: float = 0.0
     best_ce: float = math.inf
+    best_step: int = 0  # at which it was measured
+
+    def measured(self, val_ce: float) -> bool:
+        """Note an evaluation at this step; is it the best so far?"""
+        better = val_ce < self.best_ce
+        if better:
+            self.best_ce, self.best_step = val_ce, self.step
+        return better
+
+    def is_enough(self, config: Config) -> bool:
+        """Have config.patience evaluations gone by since the best one? Counted by steps, so that
+        one which a resumed run repeats counts once."""
+        since = self.step // config.eval_interval - self.best_step // config.eval_interval
+        return self.step < config.max_iters and 0 < config.patience <= since
+
+    def line(self, total: dict, recent, measures: dict, config: Config) -> str:
+        """Loss and terms of this step, speed over recent ones, cosines of the last evaluation."""
+        seconds, tokens = map(sum, zip(*recent))
+        jepa = f"jepa {total['jepa']:.4f}" if "jepa" in total else "jepa -"
+        cosine = (f"val cos {measures['matched']:.2f}/{measures['mismatched']:.2f} at step "
+                  f"{measures['step']} | " if measures else "")  # fmt: skip
+        eta = clock((config.max_iters - self.step - 1) * seconds / len(recent))
+        return (f"step {self.step}/{config.max_iters} | loss {total['loss']:.4f} | "
+                f"ce {total['ce']:.4f} | {jepa} | {cosine}{tokens / seconds:,.0f} tokens/s | "
+                f"{1e3 * recent[-1][0]:.0f} ms | ETA {eta}")  # fmt: skip
 
 
 class Folder(NamedTuple):
@@ -126,11 +156,23 @@ class Folder(NamedTuple):
         if self.first:
             files.append_lines(self.path / "metrics.jsonl", [record])
 
+    def how_to_resume(self) -> str:
+        """The command line that goes on with this run."""
+        words = shlex.split(self.provenance["command"])  # without the script's own name
+        script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+        return shlex.join(["python", script, *(w for w in words if not w.startswith("-")),
+                           f"--out_dir={self.path}", "--init_from=resume"])  # fmt: skip
+
     def save(self, name: str, t, progress: Progress, resumable: bool) -> None:
-        """A checkpoint of t (train.Training) to evaluate, and to go on from if it is resumable.
-        It holds plain types only, so that it loads without running code."""
-        tokenizer, state = self.data.tokenizer, {}
+        """A checkpoint of t (train.Training) to evaluate, and to go on from if it is resumable; the
+        one before is kept then. It holds plain types only, so that it loads without running code.
+        Weights that are no numbers any more are not saved: the last good ones stay."""
+        if not all(p.isfinite().all() for p in t.model.parameters()):
+            fail(f"the weights are not finite at step {progress.step}, so they were not saved; "
+                 f"{self.path} keeps the last checkpoint, a lower learning_rate may help")
+        tokenizer, state, previous = self.data.tokenizer, {}, None
         if resumable:
+            previous = files.previous_of(self.path / name)
             on_cuda = t.model.device.type == "cuda"
             state = dict(
                 optimizer=t.optimizer.state_dict(), ema=t.ema.state_dict() if t.ema else None,
@@ -143,20 +185,65 @@ class Folder(NamedTuple):
                           "sha256": tokenizer.sha256},
             "provenance": self.provenance, "step": progress.step, "progress": asdict(progress),
             **state,
-        })  # fmt: skip
+        }, previous)  # fmt: skip
 
 
-def read_to_resume(config: Config) -> dict[str, Any]:
-    """The checkpoint that a run goes on from. What is trained may not have changed; how long, and
-    how often it is evaluated, may."""
-    path, free = Path(config.out_dir) / "ckpt.pt", ("max_iters", "eval_interval")
+class Resumed(NamedTuple):
+    """What a resumed run starts from."""
+
+    config: Config
+    saved: dict[str, Any]  # the checkpoint
+    notes: list[str]  # lines that say what is otherwise than it was
+
+
+def read_to_resume(asked: Config, argv: list[str]) -> Resumed:
+    """The checkpoint that a run goes on from. Its config is the checkpoint's and, over it, what the
+    command line gives: where it runs, and LATER. What is trained may not change, but for where its
+    data lies. A recipe that says something else by now is named in a note, and not used."""
+    path = Path(asked.out_dir) / "ckpt.pt"
+    path = path if asked.init_from == "resume" else files.previous_of(path)
     saved = files.read_checkpoint(path, FORMAT)
-    now, was = what(config), what(config_of(saved, path))
-    changed = [f"{key} was {was[key]!r}, is {now[key]!r}" for key in now
-               if was[key] != now[key] and key not in free]  # fmt: skip
+    was = config_of(saved, path)
+    given, recipes = parse_args(Config, argv, "")
+    changed = [
+        f"{key} was {value!r}, is {given[key]!r}" for key, value in what(was).items()
+        if given.get(key, value) != value and key not in LATER
+        and not (key == "dataset" and Path(given[key]).exists())  # the rows' digests will tell
+    ]  # fmt: skip
     if changed:
         fail(f"{path} cannot be resumed with another config: {'; '.join(changed)}")
-    return saved
+    folder = given.pop("data_dir", "")
+    config = replace(was, **{**given, "init_from": asked.init_from, "out_dir": asked.out_dir})
+    config, notes = keep_schedule(was, relocated(config, folder), "lr_decay_iters" in given)
+    check(config)
+    sittings = [*saved["provenance"].get("earlier", []), saved["provenance"]]
+    known = {word.lstrip("-").partition("=")[0] for sitting in sittings
+             for word in shlex.split(sitting.get("command", ""))} | given.keys()  # fmt: skip
+    known |= {"lr_decay_iters"} if "max_iters" in known else set()
+    known |= {"dataset"} if folder or "data_dir" in known else set()
+    differs = [f"{key}={getattr(asked, key)!r} (the run: {value!r})"
+               for key, value in what(was).items()
+               if key not in known and getattr(asked, key) != value]  # fmt: skip
+    if recipes and differs:
+        notes.append(f"note: the recipe {recipes[0]} is not the run's any more, and not used: it "
+                     f"says {', '.join(differs)}")  # fmt: skip
+    return Resumed(config, saved, notes)
+
+
+def keep_schedule(was: Config, config: Config, bends: bool) -> tuple[Config, list[str]]:
+    """The learning rate goes on as it was planned, however many steps are asked for now, unless the
+    command line `bends` it."""
+    end = was.lr_decay_iters or was.max_iters
+    if not bends and config.max_iters != was.max_iters:
+        config = replace(config, lr_decay_iters=end)
+        if config.max_iters > end:
+            return config, [f"the learning rate keeps its schedule and stays at min_lr="
+                            f"{config.min_lr:g} from step {end} on; --lr_decay_iters="
+                            f"{config.max_iters} would bend it"]  # fmt: skip
+    if (now := config.lr_decay_iters or config.max_iters) != end:
+        return config, [f"the learning rate's schedule is bent: it reaches min_lr="
+                        f"{config.min_lr:g} at step {now}, not {end}"]  # fmt: skip
+    return config, []
 
 
 def restore(t, saved: dict[str, Any], data: Data) -> Progress:
@@ -164,10 +251,13 @@ def restore(t, saved: dict[str, Any], data: Data) -> Progress:
     how far it had come. Exits if it was trained on other data."""
     was, now = saved["provenance"]["data"], data.provenance
     # Where it lies may differ; the system prompt is part of the rows, and so of their digest.
-    changed = [key for key in now if key not in ("source", "system") and was.get(key) != now[key]]
+    free = ("source", "system", "systems", "dataset", "scoring", "scoring_by", "notes",
+            "val_in_train", "test_in_train")  # fmt: skip
+    changed = [key for key in now if key not in free and was.get(key) != now[key]]
     if changed:
         fail(f"{t.pairs.config.out_dir}/ckpt.pt was trained on other data: {', '.join(changed)} "
              "changed")
+    data.score_as(was)
     t.model.load_state_dict(saved["model"])
     t.optimizer.load_state_dict(saved["optimizer"])
     if t.ema:
@@ -175,7 +265,7 @@ def restore(t, saved: dict[str, Any], data: Data) -> Progress:
     torch.set_rng_state(saved["rng"])
     if t.model.device.type == "cuda" and saved["cuda_rng"] is not None:
         torch.cuda.set_rng_state(saved["cuda_rng"], t.model.device)
-    return Progress(**saved["progress"])
+    return Progress(**{"best_step": saved["step"], **saved["progress"]})
 
 
 def provenance_of(argv: list[str], data: Data, saved: dict[str, Any] | None) -> dict[str, Any]:
@@ -194,11 +284,15 @@ def start_folder(folder: Folder, config: Config, progress: Progress, again: bool
     A resumed one drops what was logged after its checkpoint, and the evaluation at that very step
     if it comes `again`."""
     path, kept = folder.path, []
-    if config.init_from == "resume":
+    files.claim_run(path)
+    if config.init_from == "previous":
+        files.take_previous(path / "ckpt.pt")
+    if config.init_from != "scratch":
         kept = [r for r in files.read_records(path / "metrics.jsonl") if r["step"] < progress.step
                 or (r["step"] == progress.step and "val_ce" in r and not again)]  # fmt: skip
     elif (path / "ckpt.pt").exists():
         print(f"moved the earlier run to {files.set_aside(path)}")
+        files.claim_run(path)
     about = {"config": asdict(config), "provenance": folder.provenance}
     files.write_json(path / "config.json", about)
     files.write_lines(path / "metrics.jsonl", kept)

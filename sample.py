@@ -2,6 +2,7 @@
 
     python sample.py                            the newest run, three validation questions
     python sample.py out/gsm8k_jepa --prompt="..." --num_samples=2
+    python sample.py out/gsm8k_jepa --best      the weights with the lowest validation loss
 """
 
 import math
@@ -20,6 +21,7 @@ from views import pred_tokens, system_tokens
 class Args:
     # what to ask
     prompt: str = ""  # a question; empty asks held-out ones from the validation split
+    system: str = ""  # what stands before the prompt; without it, the run's own system prompt
     num_samples: int = 3  # held-out questions, or answers to the prompt
     # how to answer
     max_new_tokens: int = 256  # at most; the context may end earlier
@@ -29,6 +31,7 @@ class Args:
     seed: int = 1337  # the same seed gives the same answers
     # where
     out_dir: str = ""  # folder of the run, as train.py spells it; RUN says the same
+    best: bool = False  # the run's best.pt (lowest val_ce) instead of its last checkpoint
     data_dir: str = ""  # folder of the data, if it is no longer where the run found it
     device: str = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
@@ -44,11 +47,13 @@ def main(argv: list[str]) -> None:
     values, runs = parse_args(Args, argv, f"python sample.py [RUN] [--key=value ...]\n\n{__doc__}")
     args = Args(**values)
     refuse(args, runs)
+    if "system" in values and not args.prompt:
+        fail("system stands before a prompt; held-out questions have their own")
     device, autocast = pick_device(args.device, args.dtype)
-    run = chosen_run(runs, args.out_dir, device)
+    run = chosen_run(runs, args.out_dir, device, args.best)
     print(f"run {run.path}, step {run.step}, trained on {run.provenance['data']['dataset']}")
     if args.prompt:
-        questions = [own_question(run, args.prompt)] * args.num_samples
+        questions = [own_question(run, args.prompt, values.get("system"))] * args.num_samples
     else:
         questions = held_out_questions(run, args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -77,8 +82,9 @@ def refuse(args: Args, runs: list[str]) -> None:
         fail(f"seed={args.seed} must be from 0 to 2**63 - 1")
 
 
-def own_question(run: Run, prompt: str) -> Question:
-    """A question of the user's, in the form that the run was trained on."""
+def own_question(run: Run, prompt: str, system: str | None) -> Question:
+    """A question of the user's, in the form that the run was trained on; `system` stands before it
+    or, if that is None, the run's own system prompt."""
     text, tokenizer, config = prompt, run.tokenizer, run.config
     if config.views == "facts":
         text = "".join(f" {word}" for word in prompt.split())
@@ -88,8 +94,17 @@ def own_question(run: Run, prompt: str) -> Question:
         fail(f"prompt={prompt!r}: {error} of {run.path}, which has words such as 'a3 b4 r2'")
     # Running text and facts go on without an end mark.
     if config.views not in ("split", "facts"):
-        [system] = system_tokens([run.provenance["data"]], tokenizer, config)
-        ids = [*system, *ids, tokenizer.sep]
+        row = run.provenance["data"] if system is None else {"system": system}
+        if system is None and "systems" in row:
+            print(f"note: the run's questions began with {row['systems']} different system prompts;"
+                  " none stands before this one, --system=... names it")
+        [before] = system_tokens([row], tokenizer, config)
+        if system and not before:
+            fail(f"{run.path} was trained without system prompts (system_prompt="
+                 f"{config.system_prompt}, layout={config.layout}): none can stand before a prompt")
+        ids = [*before, *ids, tokenizer.sep]
+    elif system:
+        fail(f"{run.path} was trained with views={config.views}, which has no system prompts")
     ids += pred_tokens(config, tokenizer.vocab_size)
     room = config.block_size - 1
     if not 0 < len(ids) <= room:

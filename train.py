@@ -3,7 +3,7 @@
     python train.py config/gsm8k_jepa.py [--key=value ...]      (--help lists the keys)
 
     train_step  a step of training, the loss in the middle of it: start here
-    train       the loop around it: evaluate, save, report
+    train       the loop around it: evaluate, save, report, stop
     main        what comes before the loop: config, data, model, an earlier run to go on from
 """
 
@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from alignment import alignment, embed_pairs, panel_line, verdict
+from alignment import alignment, embed_pairs, panel_line, target_groups, verdict
 from config import Config, fail, load_config
 from data import load_data
 from generate import Asking, answer_shares, longest_answer
 from jepa import OBJECTIVES, distance, spread
 from model import PAD, Batch, Trunk
+from plumbing.files import claim_run
 from plumbing.plots import plot_losses
 from plumbing.processes import (
     Processes,
     StopSignal,
-    clock,
     compile_or_not,
     join_processes,
     pick_device,
@@ -84,9 +84,9 @@ def train_step(t: Training, step: int) -> dict[str, float]:
         if micro.has_jepa.any():
             pred, target = pred_and_target(t, micro, hidden, batch.block)  # (n, C) each
             share = float(micro.has_jepa.sum() / n_jepa)  # of the step's JEPA examples
-            jepa = share * distance(pred, target, config.jepa_loss)
+            jepa = share * distance(pred, target, config.jepa_loss, micro.groups)
             if config.spread != "none" and len(pred) > 1:  # one example has nothing to be apart of
-                regularizer = share * spread(pred, target, config.spread)
+                regularizer = share * spread(pred, target, config.spread, micro.groups)
         loss = weighted(ce, jepa, regularizer)  # γ CE + λ d + μ R
         (world * loss).backward()  # DistributedDataParallel takes the mean, we want the sum
         for name, value in zip(total, (ce, jepa, regularizer)):
@@ -115,6 +115,7 @@ class MicroBatch(NamedTuple):
     a target needs no gradient (its tokens carry no label then)."""
 
     has_jepa: np.ndarray  # (B,) bool, which examples carry the JEPA term
+    groups: np.ndarray  # (n,) of the n that do: equal where they have the same target
     batch: Batch
     alone: Batch | None
 
@@ -126,15 +127,16 @@ def plan(t: Training, step: int, micro: int) -> MicroBatch:
     row, target = objective.row(layout), objective.target(layout)  # blocks, one block
     examples = pairs.batch(step * config.gradient_accumulation_steps + micro)
     has_jepa = pairs.with_jepa(examples, step, micro)
+    groups = pairs.groups(examples[has_jepa])
     if not separate_target(config):
-        return MicroBatch(has_jepa, pairs.pack(examples, row, has_jepa), None)
+        return MicroBatch(has_jepa, groups, pairs.pack(examples, row, has_jepa), None)
     row = tuple(block for block in row if block != target or block in layout.plain)
     batch, alone = pairs.pack(examples, row, has_jepa), None
     if n := has_jepa.sum():
         # All processes get as many: the first ones stand again at the end if they do not share out.
         n += -n % t.processes.world
         alone = pairs.pack(np.resize(examples[has_jepa], n), (target,))._replace(targets=None)
-    return MicroBatch(has_jepa, batch, alone)
+    return MicroBatch(has_jepa, groups, batch, alone)
 
 
 def separate_target(config: Config) -> bool:
@@ -165,7 +167,7 @@ def pred_and_target(t: Training, micro: MicroBatch, hidden, block):
 def cost(model: Trunk, config: Config, micro_batches: list[MicroBatch]) -> dict[str, int]:
     """Tokens, padding left out, and operations that a step takes in all processes."""
     tokens, flops = 0, 0
-    for _, batch, alone in micro_batches:
+    for _, _, batch, alone in micro_batches:
         for rows, passes in ((batch, 3), (alone, 1)):  # backward is twice forward
             if rows is not None:
                 tokens += (rows.block != PAD).sum().item()
@@ -221,10 +223,14 @@ def train(t: Training, folder: Folder, progress: Progress) -> dict[str, float]:
             folder.save("ckpt.pt", t, progress, resumable=True)
         if stopping:
             print(f"{signal.Signals(stopping).name}: saved {folder.path}/ckpt.pt at step "
-                  f"{progress.step}; --init_from=resume goes on from there")
+                  f"{progress.step}; to go on: {folder.how_to_resume()}")
             t.processes.leave()
             raise SystemExit(128 + stopping)
-        if progress.step >= config.max_iters:
+        enough = progress.is_enough(config) and evaluates(progress.step, config)
+        # The first process alone has measured; without patience, there is nothing to agree on.
+        if progress.step >= config.max_iters or (
+            config.patience and t.processes.agree(int(enough and folder.first), device)
+        ):
             return measures  # of the evaluation just above
 
         # one step
@@ -243,7 +249,7 @@ def train(t: Training, folder: Folder, progress: Progress) -> dict[str, float]:
         folder.log(step=step, **total, lr=lr, tokens=progress.tokens, flops=progress.flops,
                    seconds=progress.seconds)
         if step % config.log_interval == 0:
-            print(progress_line(step, total, recent, measures, config), flush=True)
+            print(progress.line(total, recent, measures, config), flush=True)
         progress.step += 1
 
 
@@ -256,12 +262,19 @@ def evaluate(t: Training, folder: Folder, progress: Progress) -> dict[str, float
     """Measure the held-out pairs, log and print it, keep the best weights; the measures."""
     config, data = t.pairs.config, folder.data
     val_ce, pred, target = embed_pairs(t.model, data.pairs["val"], config.eval_pairs, t.autocast)
-    measures = alignment(pred, target)
-    val_jepa = distance(pred, target, config.jepa_loss).item()
-    limit = longest_answer(data.pairs["train"])
+    groups = target_groups(data.pairs["val"], config.eval_pairs)
+    measures = alignment(pred, target, groups)
+    if not math.isfinite(val_ce + measures["matched"]):  # before the last checkpoint is replaced
+        fail(f"validation cross-entropy {val_ce} at step {progress.step}: training diverged; "
+             f"{config.out_dir} keeps the last checkpoint, a lower learning_rate may help")
+    val_jepa = distance(pred, target, config.jepa_loss, groups).item()
+    limit = max(longest_answer(data.pairs[split]) for split in ("train", "val"))
     asking = Asking(t.model, data.tokenizer, t.autocast, limit, data.scoring)
     answers = answer_shares(asking, data.pairs["val"], config.eval_answers)
-    sizes = {name: value for name, value in asdict(progress).items() if name != "best_ce"}
+    sizes = {key: value for key, value in asdict(progress).items() if not key.startswith("best")}
+    better = progress.measured(val_ce)
+    if progress.is_enough(config):  # sweeps take the run for finished
+        sizes["stopped_early"] = True
     folder.log(**sizes, val_ce=val_ce, val_jepa=val_jepa,
                **{f"val_{name}": value for name, value in {**answers, **measures}.items()},
                val_effective_rank=min(measures["effective_rank_pred"],
@@ -269,22 +282,12 @@ def evaluate(t: Training, folder: Folder, progress: Progress) -> dict[str, float
     print(f"step {progress.step}: val ce {val_ce:.4f} | jepa {val_jepa:.4f} | "
           + panel_line(measures, len(pred))
           + "".join(f" | {key} {value:.3f}" for key, value in answers.items()), flush=True)
-    if val_ce < progress.best_ce:
-        progress.best_ce = val_ce
+    if better:
         folder.save("best.pt", t, progress, resumable=False)
+    if progress.is_enough(config):
+        print(f"stopped early: no better val ce in {config.patience} evaluations since step "
+              f"{progress.best_step}, {progress.best_ce:.4f}; --best asks best.pt, that step's")
     return {**measures, "step": progress.step}
-
-
-def progress_line(step: int, total: dict, recent: deque, measures: dict, config: Config) -> str:
-    """Loss and terms of this step, speed over the recent ones, cosines of the last evaluation."""
-    seconds, tokens = map(sum, zip(*recent))
-    jepa = f"jepa {total['jepa']:.4f}" if "jepa" in total else "jepa -"
-    cosine = (f"val cos {measures['matched']:.2f}/{measures['mismatched']:.2f} at step "
-              f"{measures['step']} | " if measures else "")  # fmt: skip
-    eta = clock((config.max_iters - step - 1) * seconds / len(recent))
-    return (f"step {step}/{config.max_iters} | loss {total['loss']:.4f} | ce {total['ce']:.4f} | "
-            f"{jepa} | {cosine}{tokens / seconds:,.0f} tokens/s | "
-            f"{1e3 * recent[-1][0]:.0f} ms | ETA {eta}")  # fmt: skip
 
 
 # --- before the loop --------------------------------------------------------------------------
@@ -292,11 +295,15 @@ def progress_line(step: int, total: dict, recent: deque, measures: dict, config:
 
 def main(argv: list[str]) -> None:
     started = time.time()
-    config = load_config(argv)
+    config, saved, notes = load_config(argv), None, []
     out_dir = Path(config.out_dir)
     if any(out_dir.glob("*/ckpt.pt")):
         fail(f"out_dir={out_dir} holds other runs; name a folder of its own, as in "
              f"--out_dir={out_dir / config.recipe}")
+    if out_dir.exists():
+        claim_run(out_dir)  # before its checkpoint is read
+    if config.init_from != "scratch":
+        config, saved, notes = read_to_resume(config, argv)
     if separate_target(config) and not OBJECTIVES[config.objective].target(layout_of(config)):
         fail(f"objective={config.objective} reads its target in the row itself: stop_grad and ema "
              "have nothing to encode apart")
@@ -304,7 +311,7 @@ def main(argv: list[str]) -> None:
     if config.batch_size % processes.world:
         fail(f"batch_size={config.batch_size} cannot be shared evenly by {processes.world} "
              "processes")
-    saved = read_to_resume(config) if config.init_from == "resume" else None
+    print("\n".join(notes), end="\n" if notes else "")
     device, autocast = pick_device(config.device, config.dtype)
     data = load_data(config)
 

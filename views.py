@@ -139,6 +139,12 @@ class Pairs:
         """(B,) bool: which examples have two views, and so can carry the JEPA term."""
         return self.lengths[examples, TARGET - 1] > 0
 
+    def groups(self, examples: np.ndarray) -> np.ndarray:
+        """(B,) a number for what Enc reads of each example, equal where its tokens are equal."""
+        seen, enc = {}, self.layout.enc
+        return np.array([seen.setdefault(tuple(self.view(example, enc)), len(seen))
+                         for example in examples], int)  # fmt: skip
+
     def with_jepa(self, examples: np.ndarray, step: int, micro: int) -> np.ndarray:
         """(B,) bool: which examples of micro-batch `micro` of `step` carry the JEPA term. Those
         that can, less the share `jepa_dropout`: whole steps, or example by example."""

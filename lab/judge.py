@@ -25,12 +25,14 @@ def best_of(samples: int, temperature: float, weight: float) -> Callable | None:
     if not samples:
         return None
 
-
     def choose(asking: Asking, pairs: Pairs, examples: list[int], greedy: list[list[int]]):
         repeated = [example for example in examples for _ in range(samples)]
         prompts, eot = [pairs.prompt(example) for example in repeated], asking.tokenizer.eot
         sampling = Sampling(temperature=temperature)
-        drawn = generate(asking.trunk, prompts, asking.max_new_tokens, eot, sampling)
+        # Random numbers by the row in its split and the sample, so whatever the batch holds.
+        rows = pairs.source_row[examples].tolist()
+        streams = [row << 32 | sample for row in rows for sample in range(samples)]
+        drawn = generate(asking.trunk, prompts, asking.max_new_tokens, eot, sampling, streams)
         return best(asking, pairs, examples + repeated, greedy + drawn, weight)
 
     return choose

@@ -8,14 +8,15 @@ with other options give another --out_dir, or they are trained again in its plac
 
 Compared are greedy exact match on 512 validation questions, at several points of training and so
 of compute, and the collapse panel. Writes results.json, study.png and two tables. --ask=val, test
-or a file of pairs has the trained models answer those too, of a file the first 2,000 whose answer
-is in neither train nor validation; --samples and --judge choose among several answers, as in
-evaluate.py.
+or a file of pairs has the trained models answer those too, of a file the first 2,000 whose question
+and answer are in neither train nor validation; --samples and --judge choose among several answers,
+as in evaluate.py.
 """
 
 import json
 import shlex
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from plumbing.jsonl import read_jsonl
 from plumbing.processes import pick_device, run_main
 from plumbing.stats import mean_sd, paired_t, plus_minus
 from run import load_run
-from views import CODE
+from views import Pairs, columns_of
 
 USAGE = "\n".join([
     f"python -m lab.study STAGE [--key=value ...]\n\n{__doc__}\nThe stages:",
@@ -109,6 +110,8 @@ def parse(argv: list[str]) -> Plan:
     for key, value in given.items():
         if key in ("seed", "init_from") or any(key in fields for fields in stage.arms.values()):
             fail(f"{key}={value}: {name} sets {key} itself, arm by arm or seed by seed")
+    if given.get("patience"):
+        fail(f"patience={given['patience']}: the arms are compared at equal steps")
     if not given.get("eval_answers", 1):
         fail("eval_answers=0: the arms are compared by the answers they give")
     folder = Path(given.pop("out_dir", f"out/study-{name}"))
@@ -265,25 +268,39 @@ def ask(plan: Plan, runs: dict[str, list[Cell]], reference: str) -> list[str]:
     }
     n = next(iter(summaries.values()))[0]["n"]
     drawn = f", best of {args.samples + 1}, judge {args.judge:g}" if args.samples else ""
-    lines = [f"| arm, on {n} of {plan.ask}{drawn} | n | {' | '.join(SHARES)} | p |",
-             "|---|---|" + "---|" * (len(SHARES) + 1)]  # fmt: skip
+    seeds = len(next(iter(summaries.values())))  # every arm that is finished has them all
+    lines = [f"| arm, n = {seeds}, on {n} of {plan.ask}{drawn} | {' | '.join(SHARES)} | p |",
+             "|---|" + "---|" * (len(SHARES) + 1)]  # fmt: skip
     expected = [summary["exact"] for summary in summaries.get(reference, [])]
     for arm, of_seeds in summaries.items():
         shares = {key: [summary[key] for summary in of_seeds] for key in SHARES}
         told = " | ".join(shown(values, 3) for values in shares.values())
         p = "" if arm == reference else shown_p(shares["exact"], expected)
-        lines.append(f"| {arm} | {len(of_seeds)} | {told} | {p} |")
+        lines.append(f"| {arm} | {told} | {p} |")
     return lines
 
 
 def new_questions(path: Path, config: Config) -> list[dict]:
-    """The first pairs of a file whose answer is in neither train nor validation, as messages."""
+    """The first pairs of a file of which neither question nor answer is in train or validation, as
+    messages. Both are compared as they are trained on: of an answer the number alone, perhaps."""
     data = load_data(config)  # all arms have the same rows
-    known = {
-        data.tokenizer.decode(pairs.view(example, CODE))
-        for pairs in (data.pairs["train"], data.pairs["val"]) for example in range(len(pairs))
-    }  # fmt: skip
-    new = [row for row in read_jsonl(path, config.bad_lines)[:] if row["code"] not in known]
+    decode, rows = data.tokenizer.decode, read_jsonl(path, config.bad_lines)[:]
+    asked = Pairs(*columns_of(rows, data.tokenizer, config), config, data.tokenizer.vocab_size)
+
+    def all_of(part: Callable[[Pairs, int], list[int]], *splits: Pairs) -> list[str]:
+        return [decode(part(pairs, example)) for pairs in splits for example in range(len(pairs))]
+
+    known = data.pairs["train"], data.pairs["val"]
+    questions, answers = (set(all_of(part, *known)) for part in (Pairs.question, Pairs.answer))
+    new = [row for row, question, answer in zip(
+               rows, all_of(Pairs.question, asked), all_of(Pairs.answer, asked))
+           if question not in questions and answer not in answers]  # fmt: skip
+    if not new:
+        fail(f"ask={path}: question or answer of each of its {len(rows)} pairs is in train or "
+             "validation, so nothing in it is new to the models; python evaluate.py RUN ... "
+             "--file=... asks all of it")
+    print(f"{len(new)} of the {len(rows)} pairs of {path} are new: neither question nor answer is "
+          f"in train or validation; the first {min(len(new), N_ASKED)} are asked")
     return [
         {"messages": [{"role": role, "content": row[key]}
                       for role, key in ROLES.items() if row[key]]}

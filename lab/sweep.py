@@ -8,13 +8,15 @@ train.py of its own, in out/sweep-<recipe>/<key=value,...>/ with what it prints 
 
 Ctrl-C stops: cells in training save first, a second Ctrl-C does not wait. The same command again
 skips what is finished and resumes what was interrupted; when nothing is left it only writes the
-results anew. A cell whose config has changed is trained again, its old folder moves to earlier/;
-fields that say where a run happens (device, data_dir, log_interval, ...) do not count.
-Exit code 1: a cell failed.
+results anew. A cell whose config or data file has changed is trained again, its old folder moves
+to earlier/; fields that say where a run happens (device, data_dir, log_interval, ...) do not count.
+Runs of different data are never averaged. A second sweep in a folder, and one whose cells an
+earlier, killed one still trains, is refused. Exit code 1: a cell failed.
 """
 
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -29,9 +31,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Config, check, convert, fail, find_recipe, read_recipe, what
-from plumbing.files import open_log, read_records, set_aside, write_figure, write_text
-from plumbing.options import help_text
+from config import Config, check, fail, find_recipe, read_recipe, what
+from data import jsonl_files, load_rows
+from plumbing.columns import FIELDS
+from plumbing.files import (
+    claim,
+    open_log,
+    owner_of,
+    read_records,
+    set_aside,
+    write_figure,
+    write_text,
+)
+from plumbing.jsonl import sha256_of_rows
+from plumbing.options import convert, help_text
+from plumbing.output import stops
 from plumbing.processes import ROOT, clock, run_main
 from plumbing.stats import mean_sd, plus_minus
 
@@ -46,6 +60,9 @@ PANELS = (  # of heat.png: title, figure of a result, a colour map in which brig
      lambda result: result["val_matched"] - result["val_mismatched"], "viridis"),
     ("retrieval@1", lambda result: result["val_retrieval_at_1"], "viridis"),
 )  # fmt: skip
+# Fields that rows may depend on, the tokens' own left out.
+DATA = ("data_dir", *(key for key in FIELDS if key not in (
+    "tokenizer", "bpe_vocab_size", "labels", "views", "layout", "train_rows")))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,7 @@ def main(argv: list[str]) -> None:
     trained = [result for result in results if "val_ce" in result]
     if trained:
         write_csv(folder / "results.csv", list(axes), results)
+        refuse_mixed(list(axes), trained, folder)
         print("\n".join(table(list(axes), trained)))
         made_of = footer(recipe, given, results)
         write_figure(folder / "heat.png", draw(axes, trained, made_of), dpi=120)
@@ -143,6 +161,13 @@ def short(value: Any) -> str:
 # --- training ---------------------------------------------------------------------------------
 
 
+def is_sweep(folder: Path) -> bool:
+    """Does a folder that is there hold nothing, or runs of a sweep or study?"""
+    names = {path.name for path in folder.iterdir()}
+    return not names or ".lock" in names or any(
+        path.name in ("log.txt", "metrics.jsonl", "ckpt.pt") for path in folder.glob("*/*"))
+
+
 class Child(NamedTuple):
     """The train.py of a cell, while it runs."""
 
@@ -154,6 +179,12 @@ class Child(NamedTuple):
 
 def train_cells(cells: list[Cell], jobs: int) -> int:
     """Train what is not finished, `jobs` at a time; how many failed. A signal ends the sweep."""
+    claim(cells[0].folder.parent, is_sweep)
+    owners = {cell.folder.name: owner_of(cell.folder) for cell in cells}
+    if living := [f"{name} (process {owner})" for name, owner in owners.items() if owner]:
+        fail(f"in training already, by an earlier sweep that was killed or by hand: "
+             f"{', '.join(living)}; wait until they end, or stop them with kill")
+    digests_of.cache_clear()  # files may have changed since an earlier call
     waiting = []
     for i, cell in enumerate(cells, 1):
         name, result = f"[{i}/{len(cells)}] {cell.folder.name}", result_of(cell)
@@ -161,6 +192,9 @@ def train_cells(cells: list[Cell], jobs: int) -> int:
             print(f"{name} | {summary(result)} | was finished", flush=True)
         else:
             waiting.append((name, cell))
+            if earlier_provenance(cell, of_any_data=True) and not earlier_provenance(cell):
+                print(f"{name} | was trained on other data than there is now: trained anew, the "
+                      "old run moves to earlier/", flush=True)
     with noting_signals() as signals:
         n_failed = train_waiting(waiting, min(jobs, len(waiting)), signals)
     if signals:
@@ -171,9 +205,9 @@ def train_cells(cells: list[Cell], jobs: int) -> int:
 
 @contextlib.contextmanager
 def noting_signals() -> Iterator[list[int]]:
-    """Within, Ctrl-C and SIGTERM do nothing but add their numbers to a list."""
+    """Within, Ctrl-C, SIGTERM and SIGHUP do nothing but add their numbers to a list."""
     received, before = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stops():
         before[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield received
@@ -245,21 +279,46 @@ def last_line(cell: Cell) -> str:
 # --- results ----------------------------------------------------------------------------------
 
 
-def earlier_provenance(cell: Cell) -> dict[str, Any] | None:
+def earlier_provenance(cell: Cell, of_any_data: bool = False) -> dict[str, Any] | None:
     """Provenance of the run in a cell's folder, if it trained what the cell's config says."""
     try:
         made = json.loads((cell.folder / "config.json").read_text())
         config = Config(**made["config"])  # a field that is newer than the run has its default
-        return made["provenance"] if what(config) == what(cell.config) else None
+        same = what(config) == what(cell.config) and (
+            of_any_data or same_data(cell, made))
+        return made["provenance"] if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def same_data(cell: Cell, made: dict[str, Any]) -> bool:
+    """Was a run (its config.json) trained on what the cell's config loads now? For files the
+    digests of their rows tell; generators are a part of the code, and the hub is not asked."""
+    was, now = made["provenance"]["data"], digests_of(*(getattr(cell.config, k) for k in DATA))
+    if not now:
+        return made["config"].get("data_dir", "") == cell.config.data_dir
+    return all(was.get(key, digest) == digest for key, digest in now.items())
+
+
+@functools.cache
+def digests_of(*values: Any) -> dict[str, str]:
+    """The sha256 of each split of the files that a config with these fields of DATA reads, under
+    the names of the provenance; nothing where it reads no file, or one that is gone."""
+    config = Config(**dict(zip(DATA, values)))
+    files = [*jsonl_files(config).values(), Path(config.dataset)]
+    if not any(path.exists() for path in files):
+        return {}
+    rows, _, _ = load_rows(config)
+    return {f"{split}_sha256": sha256_of_rows(some) for split, some in rows.items()}
 
 
 def result_of(cell: Cell) -> dict[str, Any] | None:
     """Figures of the cell's last evaluation, with commit and data; None if it is not finished."""
     provenance = earlier_provenance(cell)
-    for record in read_records(cell.folder / "metrics.jsonl") if provenance else []:
-        if "val_ce" in record and record["step"] == cell.config.max_iters:
+    records = read_records(cell.folder / "metrics.jsonl") if provenance else []
+    for record in records:
+        stopped = record.get("stopped_early") and record is records[-1]  # else it went on
+        if "val_ce" in record and (record["step"] == cell.config.max_iters or stopped):
             figures = {**record, "tflop": record["flops"] / 1e12}
             return {
                 **{key: figures[key] for key in FIGURES if key in figures},
@@ -285,6 +344,16 @@ def summary(result: dict[str, Any]) -> str:
     return (f"val ce {result['val_ce']:.4f} | cosine matched {result['val_matched']:.3f} "
             f"mismatched {result['val_mismatched']:.3f} | retrieval@1 "
             f"{result['val_retrieval_at_1']:.3f} | {result['seconds']:.0f} s")  # fmt: skip
+
+
+def refuse_mixed(axes: list[str], trained: list[dict], folder: Path) -> None:
+    """Exit before runs of different data are averaged, as when the hub goes away half-way."""
+    for group in grouped(trained, [key for key in axes if key != "seed"]).values():
+        if len({result["data_sha256"] for result in group}) > 1:
+            told = ", ".join(f"seed {result.get('seed')} {result['data']} "
+                             f"{result['data_sha256'][:12]}" for result in group)  # fmt: skip
+            fail(f"DIFFERENT DATA: these runs are not averaged ({told}); {folder}/results.csv has "
+                 "each, another --out_dir trains all of them anew")
 
 
 def write_csv(path: Path, axes: list[str], results: list[dict]) -> None:

@@ -5,17 +5,19 @@
 
 A model here is a name and a list of eval_alignment.Measured, one for every seed. Curves are means
 over the seeds in a band of one standard deviation; where one seed has to do, its title says so.
+Pairs with the same answer are no wrong pair of each other: they are left out, blank in the matrix.
 """
 
 import contextlib
 import functools
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from jepa import off_diagonal
+from jepa import wrong_pairs
 
 MATCHED, MISMATCHED = "#c8553d", "#7d8ca3"
 COLORS = ["#c8553d", "#2a6f97", "#588157", "#9a6fb0", "#d99a2b", "#5c5c5c", "#2fa4a0"]
@@ -34,11 +36,14 @@ def draw_pairs(models: Models, table: list[list[str]], about: dict[str, Any]):
     bins = torch.linspace(max(-1, low_end - 0.02), 1, 61).numpy()
     for (name, group), axis in zip(models, top.subplots(1, len(models), squeeze=False)[0]):
         for values, label, color in (
-            (torch.cat([off_diagonal(m.cosines) for m in group]), "mismatched", MISMATCHED),
+            (torch.cat([m.cosines[wrong_pairs(m.cosines, m.groups)] for m in group]),
+             "mismatched", MISMATCHED),
             (torch.cat([m.cosines.diagonal() for m in group]), "matched", MATCHED),
         ):
-            axis.hist(values.numpy(), bins, density=True, color=color, alpha=0.75, label=label)
-            axis.axvline(values.mean(), color=color, lw=1.2, ls="--")
+            values = values[values.isfinite()]  # none without wrong pairs, or after divergence
+            if len(values):
+                axis.hist(values.numpy(), bins, density=True, color=color, alpha=0.75, label=label)
+                axis.axvline(values.mean(), color=color, lw=1.2, ls="--")
         weight, step = group[0].numbers["jepa_weight"], group[0].numbers["step"]
         seeds = f", {len(group)} seeds" if len(group) > 1 else ""
         kind = "" if weight is None else f"\nλ = {weight:g}, step {step}{seeds}"
@@ -49,7 +54,8 @@ def draw_pairs(models: Models, table: list[list[str]], about: dict[str, Any]):
     top.axes[0].set_ylabel("density")
 
     for (_, group), axis in zip(models, middle.subplots(1, len(models), squeeze=False)[0]):
-        shown = group[0].cosines[:N_SHOWN, :N_SHOWN]
+        right_or_wrong = wrong_pairs(group[0].cosines, group[0].groups).fill_diagonal_(True)
+        shown = group[0].cosines.where(right_or_wrong, math.nan)[:N_SHOWN, :N_SHOWN]
         image = axis.imshow(shown.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         seed = f" (seed {group[0].numbers['seed']})" if len(group) > 1 else ""
         axis.set(xlabel=f"answer{seed}", ylabel="[PRED] of question", xticks=[], yticks=[])
@@ -68,7 +74,7 @@ def draw_pairs(models: Models, table: list[list[str]], about: dict[str, Any]):
             if axis is cosine:  # step 0 is the untrained model
                 at, values = [0, *steps], [[floor[key], *v] for v in values]
             plot_band(axis, at, values, color, ls=ls, label=name if ls == "-" else None)
-        retrieval.axhline(1 / group[0].n_eval, color="grey", ls="--", lw=1)
+        retrieval.axhline(group[0].eval_chance, color="grey", ls="--", lw=1)
     finish(cosine, "cosine: matched (line), mismatched (dots)", "training step")
     finish(retrieval, "retrieval@1 (dashed: chance)", "training step")
     finish(ce, "validation cross-entropy, nats per label", "training step")
@@ -111,7 +117,7 @@ def draw_panel(models: Models, table: list[list[str]], about: dict[str, Any]):
 
     for row, (kind, project) in zip(rows, projections.items()):
         views = [normalize(group[0].views.flatten(0, 1), dim=-1) for _, group in models]
-        planes = [project(x).numpy() for x in views]  # (3 n, 2) each
+        planes = [project(x.nan_to_num()).numpy() for x in views]  # (3 n, 2) each
         for (name, group), axis, plane in zip(
             models, row.subplots(1, len(models), squeeze=False)[0], planes
         ):
@@ -158,7 +164,7 @@ def start_figure(title: str, models: Models, about: dict[str, Any], heights: lis
         0.01, 0.003,
         f"{chosen}{data['source']}, train sha256 {data['train_sha256'][:12]}, tokenizer "
         f"{data['tokenizer']}, commit {about['commit']}, torch {about['torch']}, {about['time']}; "
-        f"chance retrieval@1 {1 / about['n_pairs']:.3f}",
+        f"chance retrieval@1 {about['chance']:.3f}",
         fontsize=7, color="grey", parse_math=False,
     )  # fmt: skip
     return figure, figure.subfigures(len(heights), 1, height_ratios=heights)

@@ -2,21 +2,25 @@
 
     folder_of(files, config, tokenizer)  where they lie, named by all that they depend on
     write(folder, provenance, ...)       whole or not at all
+    is_sound(folder)                     are they as they were written? Else they are removed
     read(folder, tokenizer)              the same, the columns mapped
 
 Everything is under out/tokens/, which can be deleted whenever no run uses it.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from config import Config
-from plumbing.files import sha256_of, write_folder
+from plumbing.files import sha256_of, write_folder, write_json
 from plumbing.processes import ROOT
 from plumbing.tokenizers import Tokenizer, load_tokenizer
 from views import Columns
@@ -26,7 +30,7 @@ FORMATS = {"tokens": (np.int32, (-1,)), "is_label": (bool, (-1,)), "starts": (np
 SOURCES = ("data.py", "views.py", "plumbing/tokenizers.py", "plumbing/jsonl.py")  # of tokens
 # What tokens depend on beside files and code; block_size is applied when they are read.
 FIELDS = ("dataset", "tokenizer", "bpe_vocab_size", "answer_view", "labels", "views",
-          "system_prompt", "layout", "train_rows", "bad_lines")  # fmt: skip
+          "system_prompt", "layout", "train_rows", "bad_lines", "fields", "group")  # fmt: skip
 
 
 def fields_of(config: Config) -> SimpleNamespace:
@@ -54,7 +58,14 @@ def write(
     folder: Path, provenance: dict, tokenizer: Tokenizer, splits: dict[str, Iterator[Columns]]
 ) -> None:
     """Each split comes in chunks, so that memory need not hold it."""
-    with write_folder(folder) as append:
+    sizes, digests = defaultdict(int), defaultdict(hashlib.sha256)
+    with write_folder(folder) as append_to:
+
+        def append(name: str, content: bytes) -> None:
+            append_to(name, content)
+            sizes[name] += len(content)
+            digests[name].update(content)
+
         for split, chunks in splits.items():
             n_tokens = 0
             for chunk in chunks:
@@ -63,14 +74,65 @@ def write(
                 for name, column in zip(Columns._fields, chunk):
                     append(f"{split}.{name}", column.tobytes())
         append("tokenizer", tokenizer.dump().encode())
-        append("about.json", json.dumps([provenance, list(splits)]).encode())
+        kept = {name: [size, digests[name].hexdigest()] for name, size in sizes.items()}
+        about = json.dumps([provenance, list(splits), kept])
+        append_to("about.json", json.dumps([about, digest_of(about)]).encode())
+    with contextlib.suppress(OSError):  # another process removed it just now
+        remember(folder, stamps_of(folder, kept))
+
+
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def about_of(folder: Path) -> tuple[dict, list[str], dict[str, tuple[int, str]]]:
+    """Provenance, splits, and the length and sha256 of each file; ValueError if it is damaged."""
+    about, digest = json.loads((folder / "about.json").read_text())
+    if digest_of(about) != digest:
+        raise ValueError("about.json")
+    return json.loads(about)
+
+
+def is_sound(folder: Path) -> bool:
+    """Is there a folder, and in it what was written? A file is hashed once and then, as long as its
+    size and time stay, believed. Another folder than that is removed, with a line."""
+    if not folder.exists():
+        return False
+    try:
+        kept = about_of(folder)[2]
+        stamps, known = stamps_of(folder, kept), {}
+        with contextlib.suppress(ValueError, OSError):
+            known = json.loads((folder / "checked.json").read_text())
+        for name, (size, sha256) in kept.items():
+            if stamps[name][0] != size or not (
+                known.get(name) == stamps[name] or sha256_of(folder / name) == sha256
+            ):
+                raise ValueError(name)
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        print(f"{folder} is damaged ({error}): its tokens are made anew")
+        shutil.rmtree(folder)
+        return False
+    if known != stamps:
+        remember(folder, stamps)
+    return True
+
+
+def stamps_of(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Size and time of each file."""
+    stats = {name: (folder / name).stat() for name in names}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def remember(folder: Path, stamps: dict[str, list[int]]) -> None:
+    with contextlib.suppress(OSError):  # a folder that may not be written is hashed again
+        write_json(folder / "checked.json", stamps)
 
 
 def read(
     folder: Path, tokenizer: Tokenizer | None
 ) -> tuple[dict, Tokenizer, dict[str, Columns]]:
     """What `write` was given. `tokenizer` as in folder_of: None reads it too."""
-    provenance, splits = json.loads((folder / "about.json").read_text())
+    provenance, splits, _ = about_of(folder)
     if tokenizer is None:
         tokenizer = load_tokenizer(provenance["tokenizer"], (folder / "tokenizer").read_text())
     columns = {split: Columns(*(mapped(folder / f"{split}.{name}", dtype, shape)

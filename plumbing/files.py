@@ -10,8 +10,10 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,9 +23,20 @@ import torch
 
 from config import fail
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replace `path` by what `write` puts into a binary file. Raises OSError, naming the path."""
+DAY = 24 * 3600
+HELD: dict[Any, int | None] = {}  # the locks of this process, by what they are on
+
+
+def write_whole(
+    path: Path, write: Callable[[BinaryIO], Any], previous: Path | None = None
+) -> None:
+    """Replace `path` by what `write` puts into a binary file. Raises OSError, naming the path. What
+    stood there is kept as `previous`, if that is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A unique name: two processes that write one file at a time must not share a half of it.
     number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -35,6 +48,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)  # mkstemp's own right is the owner's alone
+        if previous and path.exists():
+            keep(path, previous)
         os.replace(name, path)
     except (OSError, RuntimeError) as error:  # torch puts an error of its own over "disk full"
         first = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -56,8 +71,31 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
     write_whole(path, lambda file: file.writelines(as_line(record) for record in records))
 
 
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    write_whole(path, lambda file: torch.save(state, file))
+def keep(path: Path, previous: Path) -> None:
+    """Let `previous` be another name of the file at `path`, which is about to be replaced."""
+    link = path.with_name(f".{previous.name}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, previous)
+    except OSError:  # a file system without links: for a moment there is `previous` alone
+        os.replace(path, previous)
+
+
+def previous_of(path: Path) -> Path:
+    """The checkpoint before the one at `path`: ckpt-previous.pt for ckpt.pt."""
+    return path.with_name(f"{path.stem}-previous{path.suffix}")
+
+
+def take_previous(path: Path) -> None:
+    """Put the checkpoint before the one at `path` in its place; that one is moved aside."""
+    if path.exists():
+        print(f"moved {path} to {set_aside(path)}; {previous_of(path).name} takes its place")
+    os.replace(previous_of(path), path)
+
+
+def write_checkpoint(path: Path, state: dict[str, Any], previous: Path | None = None) -> None:
+    write_whole(path, lambda file: torch.save(state, file), previous)
 
 
 def write_figure(path: Path, figure, dpi: int = 110) -> None:
@@ -72,7 +110,8 @@ def write_folder(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
     """Within, a function that appends bytes to a file of the folder, by its name; afterwards the
     folder is there, with all of them. If another process made it meanwhile, theirs stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+    remove_leftovers(folder.parent)
+    unfinished, lock = new_unfinished(folder.parent)
 
     def append(name: str, content: bytes) -> None:
         with open(unfinished / name, "ab") as file:
@@ -89,6 +128,30 @@ def write_folder(folder: Path) -> Iterator[Callable[[str, bytes], None]]:
             raise OSError(f"{folder} could not be written: {error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def new_unfinished(parent: Path) -> tuple[Path, int | None]:
+    """A new temporary folder, and the lock by which others see that somebody is at work on it."""
+    while True:
+        unfinished = Path(tempfile.mkdtemp(dir=parent, prefix="unfinished-"))
+        with contextlib.suppress(OSError):  # another process took it for a leftover just now
+            lock = try_lock(unfinished)
+            if unfinished.exists():
+                return unfinished, lock
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the folders that killed writers left: no lock is on them any more. Where there are no
+    locks, and under the name they had in earlier versions, those that are a day old."""
+    for path in [*parent.glob("unfinished-*"), *parent.glob("tmp????????")]:
+        with contextlib.suppress(OSError):  # locked, or gone meanwhile
+            lock = try_lock(path) if path.name.startswith("unfinished-") else None
+            if lock is not None or time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
 
 
 def append_lines(path: Path, records: Iterable[dict]) -> None:
@@ -137,22 +200,124 @@ def sha256_of(path: Path) -> str:
 def read_checkpoint(path: Path, form: str) -> dict[str, Any]:
     """The saved state, on the CPU; one line and exit 2 for a file that is no sound checkpoint.
     `form` is what its field "format" has to say."""
+    other = (f"; {before} is the checkpoint before it, from which --init_from=previous goes on"
+             if (before := previous_of(path)).exists() else "")  # fmt: skip
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself does not notice a flipped byte
         if damaged:
-            fail(f"checkpoint {path} is damaged (in {damaged}); train again or use another one")
+            fail(f"checkpoint {path} is damaged (in {damaged})"
+                 f"{other or '; train again or use another one'}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        fail(f"no checkpoint {path}; train first: python train.py config/gsm8k_jepa.py")
+        fail(f"no checkpoint {path}{other or '; train first: python train.py gsm8k_jepa'}")
     except Exception as error:  # not a zip archive, not torch's, not weights only, ...
         fail(f"{path} is not a readable checkpoint ({type(error).__name__}: "
-             f"{str(error).splitlines()[0][:80] if str(error) else ''})")
+             f"{str(error).splitlines()[0][:80] if str(error) else ''}){other}")
     written = state.get("format") if isinstance(state, dict) else None
     if written != form:
         fail(f"{path} was not written by this version of train.py (it says {written}, not {form}); "
              "train again, or use the commit that its config.json names")
     return state
+
+
+# --- whose folder it is -----------------------------------------------------------------------
+
+
+def claim_run(folder: Path) -> None:
+    """For the first process of a run, see claim."""
+    if os.environ.get("RANK", "0") == "0":
+        claim(folder, is_run)
+
+
+def claim(folder: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Make the folder this process's own until it ends, in whatever way: one line and exit 2 if
+    another living process has it, or if it holds what `is_ours` does not know."""
+    path = folder / ".lock"
+    if owner := owner_of(folder):
+        fail(f"{folder} belongs to process {owner}, which is still at work in it; wait until it "
+             f"ends or stop it (kill {owner}), or name another --out_dir")
+    if folder.exists() and not is_ours(folder):
+        fail(f"{folder} holds files that are not of a run; nothing was touched, name another "
+             "--out_dir")
+    if folder in HELD or (path.exists() and inode(path.stat()) in HELD):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = try_lock(path, os.O_RDWR | os.O_CREAT)
+        if lock is None:
+            HELD[folder] = None
+            print(f"no locks here: nothing keeps a second run out of {folder}")
+        elif path.exists() and inode(path.stat()) == inode(os.fstat(lock)):
+            HELD[inode(os.fstat(lock))] = lock
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
+            return
+        else:  # it was moved away just now
+            os.close(lock)
+            claim(folder, is_ours)
+    except BlockingIOError:
+        fail(f"{folder} was taken by another process just now; name another --out_dir")
+
+
+def owner_of(folder: Path) -> str:
+    """The number of the other living process that has claimed the folder; empty if there is none.
+    """  # fmt: skip
+    path = folder / ".lock"
+    try:
+        if inode(path.stat()) not in HELD and (lock := try_lock(path)) is not None:
+            os.close(lock)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except BlockingIOError:
+        return path.read_text().strip() or "?"
+    return ""
+
+
+def release() -> None:
+    """Give all folders back before the process ends."""
+    for lock in HELD.values():
+        if lock is not None:
+            os.close(lock)
+    HELD.clear()
+
+
+def try_lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
+    """Lock a file or folder: its open number, or None where nothing can be locked (Windows, some
+    network disks). Raises BlockingIOError if another process has it. The lock ends with the
+    process, also with one that is killed."""
+    if fcntl is None:
+        return None
+    number = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(number)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return number
+
+
+def inode(about: os.stat_result) -> tuple[int, int]:
+    return about.st_dev, about.st_ino
+
+
+def is_run(folder: Path) -> bool:
+    """Is the folder a run's, or what is left of one that was killed before it wrote its config, or
+    empty?"""
+    names = {path.name for path in folder.iterdir()}
+    if "config.json" in names:
+        with contextlib.suppress(ValueError, AttributeError, OSError):
+            return {"config", "provenance"} <= read_json(folder / "config.json").keys()
+        return False
+    if names & {"ckpt.pt", "metrics.jsonl"}:
+        return True
+    return all(name in (".lock", "log.txt") or re.fullmatch(r"\..*\.tmp", name) for name in names)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def set_aside(path: Path) -> Path:

@@ -2,14 +2,19 @@
 collapse cannot fake them: shuffled pairs are measured beside the right ones (see eval_alignment).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 
 def difference_spectrum(text: torch.Tensor, code: torch.Tensor, n: int = 100) -> list[float]:
     """The n largest singular values of Enc(text) - Enc(code), rows of both at unit length: the
-    paper's figure. They are small when views meet, and just as small when all has collapsed."""
+    paper's figure. They are small when views meet, and just as small when all has collapsed; nan
+    where training diverged."""
     difference = F.normalize(text.float(), dim=-1) - F.normalize(code.float(), dim=-1)
+    if not difference.isfinite().all():
+        return [math.nan] * min(*difference.shape, n)
     return torch.linalg.svdvals(difference)[:n].tolist()
 
 
@@ -27,11 +32,14 @@ def linear_r2(text: torch.Tensor, code: torch.Tensor) -> tuple[float, str]:
         R^2 and "". Or 0 and what would make it meaningless: "few" (below 8 pairs), "point" (the
         held-out codes keep less than 1 % of their squared length about the mean, as when their
         cosines exceed .99), "line" (they vary, but so much along one direction, participation
-        ratio below 1.5, that a single number per pair predicts them; a half circle has 1.37).
+        ratio below 1.5, that a single number per pair predicts them; a half circle has 1.37),
+        "not finite" (training diverged).
     """
     n = len(text) // 2
     if n < 4:
         return 0.0, "few"
+    if not (text.isfinite().all() and code.isfinite().all()):
+        return 0.0, "not finite"
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0)).to(text.device)
     x, y = (F.normalize(view.double(), dim=-1)[order] for view in (text, code))
     variances = torch.linalg.svdvals(y[n:] - y[n:].mean(0)).square()

@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import hashlib
 import inspect
 import re
+import runpy
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -22,12 +24,25 @@ def program() -> str:
     return f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
 
 
+def folder_name(recipe: str, differs: dict[str, Any]) -> str:
+    """A run's name: its recipe and what differs from it, as in gsm8k_jepa,jepa_weight=0. Of a path
+    its last part is told; what would be too long a name ends in a digest of the rest."""
+    parts = [f"{key}={Path(value).name if isinstance(value, str) else value}".removesuffix(".0")
+             for key, value in differs.items()]  # fmt: skip
+    name = re.sub(r"[^\w.=,+-]", "_", ",".join([recipe, *parts]))
+    if len(name.encode()) > 120:
+        start, digest = name.encode()[:100].decode(errors="ignore"), hashlib.sha256(name.encode())
+        name = f"{start}-{digest.hexdigest()[:8]}"
+    return name
+
+
 def parse_args(cls: type, argv: list[str], usage: str) -> tuple[dict[str, Any], list[str]]:
     """Split argv into {field: value} for the fields of dataclass `cls` and the other arguments.
 
     Also answers --help, from the comments in the source of `cls`.
     """
     values, rest = {}, []
+    switches = {f.name for f in fields(cls) if f.type is bool}  # --best says --best=true
     for arg in argv:
         if arg in ("-h", "--help"):
             print(f"usage: {usage}\n{help_text(cls)}")
@@ -36,9 +51,9 @@ def parse_args(cls: type, argv: list[str], usage: str) -> tuple[dict[str, Any], 
             rest.append(arg)
             continue
         key, equals, text = arg.lstrip("-").partition("=")
-        if not equals or not arg.startswith("--"):
+        if not (equals or key in switches) or not arg.startswith("--"):
             fail(f"{arg}: options are written --key=value (--help lists them)")
-        values[key] = convert(cls, key, text, "on the command line")
+        values[key] = convert(cls, key, text if equals else "true", "on the command line")
     return values, rest
 
 
@@ -60,6 +75,38 @@ def convert(cls: type, key: str, value: Any, where: str) -> Any:
     if type(value) is not want:
         fail(f"{key} {where} must be of type {want.__name__}, got {value!r}")
     return value
+
+
+def find_recipe(folder: Path, name: str) -> Path:
+    """A path that exists is the recipe; else its stem names a file in `folder`."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = sorted(p.stem for p in folder.glob("*.py"))
+    if path.stem not in known:
+        fail(f"no recipe {name}: no such file, and configs/ holds {', '.join(known)}")
+    return folder / f"{path.stem}.py"
+
+
+def read_recipe(
+    cls: type, folder: Path, path: Path, above: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """The assignments of a recipe file over those of its base, checked against `cls`.
+
+    `base = "gsm8k_jepa"` starts from that recipe; `above` are those that named this one as theirs.
+    """
+    if path in above:
+        fail(f"recipe {path} is its own base; remove its line base = ...")
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:  # a recipe is the user's code: whatever it raises is theirs
+        fail(f"recipe {path} does not run: {type(error).__name__}: {error}".splitlines()[0])
+    values = {k: v for k, v in names.items() if not k.startswith("_")}
+    base = values.pop("base", None)
+    inherited = {}
+    if base:
+        inherited = read_recipe(cls, folder, find_recipe(folder, str(base)), (*above, path))
+    return {**inherited, **{k: convert(cls, k, v, f"in {path}") for k, v in values.items()}}
 
 
 def help_text(cls: type) -> str:

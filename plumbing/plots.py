@@ -7,7 +7,16 @@ from plumbing.files import read_records, write_figure
 
 
 def plot_losses(folder: Path) -> None:
-    """loss.png of a run: training and validation losses over steps, one panel per term."""
+    """loss.png of a run. Training does not depend on it: what keeps it from being drawn is said."""
+    try:
+        write_figure(folder / "loss.png", draw_losses(folder), dpi=120)
+    except Exception as error:  # matplotlib's many ways to fail, no right to write, ...
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"{folder / 'loss.png'} could not be drawn ({reason}); training goes on")
+
+
+def draw_losses(folder: Path):
+    """Training and validation losses over steps, one panel per term."""
     from matplotlib.figure import Figure  # takes a second to import, and needs no display
 
     records = read_records(folder / "metrics.jsonl")
@@ -27,4 +36,4 @@ def plot_losses(folder: Path) -> None:
     data = f"{made['data']['dataset']}, train sha256 {made['data']['train_sha256'][:12]}"
     figure.supxlabel(f"{data}, commit {made['commit']}", fontsize=7, color="grey",
                      parse_math=False)  # fmt: skip
-    write_figure(folder / "loss.png", figure, dpi=120)
+    return figure

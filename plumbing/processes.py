@@ -16,6 +16,7 @@ import torch
 
 from config import CHOICES, fail
 from plumbing.files import silence
+from plumbing.output import steady_output, stops
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout
 
@@ -150,12 +151,12 @@ def clock(seconds: float) -> str:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM set `number`, for the loop to see; a second one ends at once. The handler
-    does nothing else: whatever it interrupts may be half done."""
+    """Ctrl-C, SIGTERM and SIGHUP set `number`, for the loop to see; a second one ends at once. The
+    handler does nothing else: whatever it interrupts may be half done."""
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stops():
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
@@ -178,6 +179,15 @@ def compile_or_not(model: torch.nn.Module, autocast, try_once) -> None:
 
 def run_main(main) -> None:
     """Run a script's main; what is not the script's fault ends in a line, not a traceback."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here; no figure needs a window
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a ? where the encoding has no λ
+    with steady_output():
+        run_to_a_line(main)
+
+
+def run_to_a_line(main) -> None:
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -7,7 +7,10 @@ import numpy as np
 
 
 def mean_sd(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; a single value has none, which is not 0."""
+    """Mean and sample standard deviation; a single value has none, which is not 0. Both are nan
+    if a value is: what was not measured has no mean."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan if len(values) > 1 else None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 

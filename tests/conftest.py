@@ -7,6 +7,8 @@ import torch
 
 import data
 import train
+from plumbing.files import release
+from plumbing.output import stops
 
 # Tiny matrices: a second thread costs more than it brings, and bit-equality needs a fixed number.
 torch.set_num_threads(1)
@@ -23,8 +25,9 @@ TINY = [
 def own_seed_and_signal_handlers():
     """No test inherits another's random state, nor the handlers that train.main installs."""
     torch.manual_seed(0)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in stops()}
     yield
+    release()  # the folders of its runs
     for number, handler in before.items():
         signal.signal(number, handler)
 

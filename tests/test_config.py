@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, asdict, fields
 import pytest
 from conftest import error_line
 
-from config import CHOICES, POSITIVE, RECIPES, WHERE, Config, load_config, relocated, what
+from config import CHOICES, LATER, POSITIVE, RECIPES, WHERE, Config, load_config, relocated, what
 from generators.relations import SIZES
 from jepa import OBJECTIVES
 
@@ -89,9 +89,38 @@ def test_every_recipe_loads(name):
     assert load_config([name]).recipe == name
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "nlrx"])
-def test_baseline_differs_from_jepa_in_jepa_weight_alone(task):
-    jepa, baseline = (asdict(load_config([f"{task}_{r}"])) for r in ("jepa", "baseline"))
+def test_a_run_of_other_settings_has_another_folder(tmp_path):
+    """Else starting the λ = 0 run would move the JEPA run away."""
+    recipe = write_recipe(tmp_path, "jepa_weight = 0.5\nn_layer = 3\n")
+    for options, name in (
+        (["--jepa_weight=0"], "mine,jepa_weight=0"), (["--seed=2"], "mine,seed=2"),
+        (["--jepa_loss=l2", "--n_layer=2"], "mine,n_layer=2,jepa_loss=l2"),
+        (["--n_layer=2", "--jepa_loss=l2"], "mine,n_layer=2,jepa_loss=l2"),  # in any order
+        (["--n_layer=3"], "mine"),  # as in the recipe
+        (["--dataset=some/where/pairs.jsonl"], "mine,dataset=pairs.jsonl"),
+        (["--device=cpu", "--log_interval=3", "--compile=false"], "mine"),  # where it runs
+        (["--max_iters=9", "--eval_interval=3", "--lr_decay_iters=8", "--patience=2"], "mine"),
+    ):
+        assert load_config([recipe, *options]).out_dir == f"out/{name}"
+        assert load_config([recipe, *options, "--out_dir=here"]).out_dir == "here"
+    assert load_config(["--seed=2"]).out_dir == "out/default,seed=2"
+
+
+def test_the_name_of_a_folder_is_short_and_safe():
+    weights = ["0.1234567", "0.12345671"]
+    long = [f"--{f.name}={f.default}1" for f in SETTABLE if f.type is int and f.name not in LATER
+            and f.name not in ("n_head", "n_embd", "log_interval", "eval_answers")]  # fmt: skip
+    names = [load_config([*long, f"--jepa_weight={w}"]).out_dir.split("/") for w in weights]
+    assert names[0] != names[1] and all(len(parts) == 2 for parts in names)
+    assert all(len(name.encode()) <= 120 for _, name in names)
+    odd = load_config(["--dataset=a/b $(c) 'd'.jsonl"]).out_dir
+    assert odd == "out/default,dataset=b___c___d_.jsonl"
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPE_NAMES if "baseline" not in name])
+def test_every_recipe_has_a_baseline(name):
+    jepa = asdict(load_config([name]))
+    baseline = asdict(load_config([f"{name.removesuffix('_jepa')}_baseline"]))
     assert {k for k in jepa if jepa[k] != baseline[k]} == {"recipe", "out_dir", "jepa_weight"}
     assert baseline["jepa_weight"] == 0 < jepa["jepa_weight"]
 
@@ -102,7 +131,7 @@ def test_a_baseline_is_two_lines(tmp_path, capsys):
     assert {k for k in mine if mine[k] != baseline[k]} == {"recipe", "out_dir"}
     assert (mine["recipe"], mine["out_dir"]) == ("mine", "out/mine")
     assert capsys.readouterr().out.splitlines()[0] == f"recipe {recipe}"
-    for name in ("gsm8k_baseline", "nlrx_baseline"):
+    for name in (name for name in RECIPE_NAMES if name.endswith("baseline")):
         lines = (RECIPES / f"{name}.py").read_text().splitlines()
         assert len([line for line in lines if not line.startswith("#")]) == 2
 
@@ -316,6 +345,7 @@ def test_help_tells_every_choice(capsys):
 def test_rules_name_fields_that_exist():
     """A renamed field would silently lose its check, or count as what is trained."""
     assert set(CHOICES) | POSITIVE <= {f.name for f in SETTABLE}
+    assert set(LATER) < set(what(Config())) and not set(LATER) & set(WHERE)
     assert set(WHERE) < {f.name for f in fields(Config)} and len(set(WHERE)) == len(WHERE)
     assert CHOICES["objective"] == tuple(OBJECTIVES)
 

@@ -1,5 +1,6 @@
 """Claims about data.py: where pairs come from, their splits, and what is said of them."""
 
+import gzip
 import hashlib
 import http.server
 import json
@@ -8,16 +9,18 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import error_line, sums
 
 import data
-from config import Config, load_config
+from config import MADE_HERE, Config, load_config, relocated
 from data import load_data, load_rows
 from generators.regexes import depth, regex_pairs
 from generators.word_problems import word_problems
-from plumbing.jsonl import as_pair
+from plumbing.jsonl import as_pair, sha256_of_rows
 from plumbing.tokenizers import train_tokenizer
 from views import CODE, TARGET, TEXT
 
@@ -138,7 +141,7 @@ def test_provenance_tells_rows_and_checksums_of_what_was_read(tmp_path, bpe):
     p = load_data(Config(data_dir=str(tmp_path)), bpe).provenance
     assert p["train_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (p["train_rows"], p["val_rows"]) == (54, 6)
-    assert (p["dataset"], p["source"]) == ("gsm8k", str(tmp_path))
+    assert (p["dataset"], p["source"]) == (f"{tmp_path.name} (train.jsonl)", str(tmp_path))
     assert (p["tokenizer"], p["tokenizer_sha256"]) == ("bpe", bpe.sha256)
     assert json.loads(json.dumps(p)) == p  # plain types: it goes into checkpoints and results
 
@@ -207,7 +210,7 @@ def test_it_is_said_that_word_problems_hold_out_whole_kinds(monkeypatch, bpe, ca
     config = Config(dataset="word_problems", tokenizer="bpe")
     load_data(config, bpe)
     assert HELD_OUT in capsys.readouterr().out
-    monkeypatch.setattr(data, "hub_unreachable", lambda: "no hub here")
+    monkeypatch.setattr(data, "hub_unreachable", lambda name: "no hub here")
     monkeypatch.setattr(data, "hub_rows", lambda *args, **kwargs: 1 / 0)
     load_data(replace(config, dataset="gsm8k"), bpe)  # which falls back on them
     assert HELD_OUT in capsys.readouterr().out
@@ -285,7 +288,8 @@ def hub(monkeypatch, tmp_path, connections):
 
 @pytest.fixture
 def load_calls(monkeypatch):
-    """load_dataset replaced by a stand-in that notes name, config and both offline flags."""
+    """load_dataset replaced by a stand-in that notes name, config and both offline flags. What it
+    gives counts as GSM8K."""
     import datasets
     from huggingface_hub import constants
 
@@ -298,6 +302,9 @@ def load_calls(monkeypatch):
         return {"train": rows, "test": rows[:9]}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = word_problems("val", 30)
+    own = {"train": sha256_of_rows(rows), "test": sha256_of_rows(rows[:9])}
+    monkeypatch.setattr(data, "GSM8K", own)
     return calls
 
 
@@ -314,13 +321,13 @@ def test_a_local_file_wins_and_nothing_is_asked(hub, connections, load_calls, tm
     pairs = [as_pair(row) for row in rows]
     loaded, *about = load_rows(Config())
     assert {s: list(some) for s, some in loaded.items()} == {"train": pairs}
-    assert about == ["gsm8k", "data/gsm8k"]
+    assert about == ["gsm8k (train.jsonl)", "data/gsm8k"]  # for these rows are not GSM8K's
     write_jsonl(tmp_path / "mine" / "train.jsonl", rows[:3])
     write_jsonl(tmp_path / "mine" / "test.jsonl", rows[3:])
     mine = str(tmp_path / "mine")
     loaded, *about = load_rows(Config(data_dir=mine))
     assert {s: list(some) for s, some in loaded.items()} == {"train": pairs[:3], "test": pairs[3:]}
-    assert about == ["gsm8k", mine]
+    assert about == ["mine (train.jsonl)", mine]
     assert connections == load_calls == []
 
 
@@ -347,7 +354,7 @@ def test_a_copy_of_the_hub_repository_loads(kind, hub, tmp_path, connections):
         f"  - split: train\n    path: main/train-*.{kind}\n"
         f"  - split: test\n    path: main/test-*.{kind}\n---\n# GSM8K\n"
     )
-    assert load_rows(Config(data_dir=str(folder))) == (rows, "gsm8k", str(folder))
+    assert load_rows(Config(data_dir=str(folder))) == (rows, "gsm8k (train)", str(folder))
     assert connections == []
 
 
@@ -427,7 +434,7 @@ def test_flags_are_restored_when_nothing_is_cached(hub, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        data.hub_rows(data.HUB_ID, offline=True)
+        data.hub_rows(data.HUB_ID, data.HUB_CONFIG, offline=True)
     assert offline_flags() == (False, False)
 
 
@@ -474,3 +481,281 @@ def test_regexes_are_a_data_set_with_three_splits(monkeypatch, bpe):
     row = regex_pairs("train", 1)[0]
     assert shown(loaded.pairs["train"], 0, bpe) == [row["text"], row["code"], row["code"]]
     assert loaded.scoring == "regex"
+
+
+# --- questions, not rows, are held out ---------------------------------------------------------
+
+
+def unlike(n, start=0):
+    """n rows, no two of which ask the same."""
+    return [{"question": f"What is {i} and {i}?", "answer": f"{2 * i}"}
+            for i in range(start, start + n)]  # fmt: skip
+
+
+def asked_in(rows):
+    """The questions of some rows but for case and blanks."""
+    return [" ".join(row["text"].casefold().split()) for row in rows]
+
+
+def split(rows, **options):
+    """Train and validation rows of a file with these, and what is recorded of them."""
+    write_jsonl(Path("rows.jsonl"), rows)
+    rows, provenance = data.split_rows(Config(dataset="rows.jsonl", **options))
+    return rows["train"][:], rows["val"][:], provenance
+
+
+def test_copies_of_a_question_are_on_one_side(bpe, capsys):
+    rows = [{"question": f"code of k{i}?", "answer": f"{i * 7919 % 99991}"} for i in range(120)]
+    others = [{**row, "question": f" Code  of\nK{i}?"} for i, row in enumerate(rows)]
+    train, val, p = split(rows + others)
+    assert (len(train), len(val)) == (216, 24) and len(set(asked_in(val))) == 12
+    assert not set(asked_in(train)) & set(asked_in(val))
+    assert (p["kept_together_rows"], p["kept_together"]) == (240, 120)
+    for _ in range(2):  # as it is made, and from tokens that are kept
+        load_data(Config(dataset="rows.jsonl", tokenizer="bpe"), bpe)
+        said = "kept together: 240 rows of 120 questions that occur more than once\n"
+        assert said in capsys.readouterr().out
+
+
+def test_without_copies_the_split_is_the_permutations():
+    rows = unlike(100)
+    train, val, p = split(rows)
+    order = np.random.default_rng(0).permutation(100)
+    asked = [" ".join(row["question"].casefold().split()) for row in rows]
+    assert asked_in(val) == [asked[i] for i in order[:10]]
+    assert asked_in(train) == [asked[i] for i in sorted(order[10:])]
+    assert "kept_together" not in p
+
+
+def test_the_system_prompt_is_no_part_of_the_question():
+    rows = [{"question": f"q{i // 2}", "answer": "a", "system": f"s{i}"} for i in range(40)]
+    train, val, _ = split(rows)
+    assert len(val) == 4 and not set(asked_in(train)) & set(asked_in(val))
+
+
+def test_what_stands_before_a_question_is_part_of_it():
+    rows = [{"context": f"{i} jars.", "question": "How many?", "answer": f"{i}"} for i in range(40)]
+    assert "kept_together" not in split(rows)[2]
+
+
+def test_groups_are_on_one_side_round_every_corner(capsys):
+    """Rows of user i and i + 1 share a question, for every even i: so four rows belong together."""
+    rows = [{"question": f"q{i} {j}" if j else f"shared {i // 2}", "answer": "a", "user": i}
+            for i in range(60) for j in range(2)]  # fmt: skip
+    train, val, p = split(rows, group="user")
+    assert len(val) == 12 and len(train) == 108
+    assert not {pair["group"] for pair in train} & {pair["group"] for pair in val}
+    assert not set(asked_in(train)) & set(asked_in(val))
+    assert (p["kept_together_rows"], p["kept_together"]) == (120, 30)
+    chain = [{"question": f"q{i // 2}", "answer": "a", "user": (i + 1) // 2} for i in range(99)]
+    everything = Config(dataset="rows.jsonl", group="user")
+    write_jsonl(Path("rows.jsonl"), chain)
+    assert "all 99 rows of train belong together" in error_line(
+        capsys, data.split_rows, everything)  # fmt: skip
+    line = error_line(capsys, data.split_rows, replace(everything, group="author"))
+    assert "rows.jsonl:1: no field author, which group names" in line
+
+
+def test_what_is_larger_than_validation_stays_in_train_unless_all_is():
+    many = [{"question": "the same", "answer": f"{i}"} for i in range(50)]
+    train, val, _ = split(many + unlike(50))
+    assert len(val) == 10 and asked_in(train).count("the same") == 50
+    books = [{"question": f"q{i}", "answer": "a", "book": i % 5 % 4} for i in range(100)]
+    train, val, _ = split(books, group="book")
+    assert len(val) == 20 and len({pair["group"] for pair in val}) == 1
+
+
+def test_questions_of_other_splits_that_are_in_train_are_counted(bpe, capsys):
+    rows = unlike(60)
+    write_jsonl(Path("mine/train.jsonl"), rows[:40])
+    write_jsonl(Path("mine/val.jsonl"), [*rows[40:50], rows[0]])
+    again = [{**row, "question": row["question"].upper() + " "} for row in rows[:4]]
+    write_jsonl(Path("mine/test.jsonl"), rows[50:] + again)
+    config = Config(dataset="mine", tokenizer="bpe")
+    for _ in range(2):
+        p = load_data(config, bpe).provenance
+        out = capsys.readouterr().out
+        assert "1 of 11 val questions are in train\n" in out
+        assert "4 of 14 test questions are in train\n" in out
+    assert (p["val_in_train"], p["test_in_train"], p["train_rows"]) == (1, 4, 40)
+    asked = data.read_questions(Path("mine/test.jsonl"), replace(config, group="user"))
+    capsys.readouterr()
+    assert data.questions_in_train(asked, config) == 4
+    assert data.questions_in_train(asked, replace(config, train_rows=1)) <= 1
+    assert capsys.readouterr().out == ""
+
+
+def test_all_rows_are_looked_at_for_their_system_prompt(bpe, capsys):
+    rows = [{**row, "system": "Add."} for row in unlike(1300)]
+    assert split(rows)[2]["system"] == "Add."
+    _, _, p = split([*rows[:-1], {**rows[-1], "system": "Take."}])
+    assert "system" not in p and p["systems"] == 2
+    load_data(Config(dataset="rows.jsonl", tokenizer="bpe"), bpe)
+    assert "system prompts: 2 different ones in train;" in capsys.readouterr().out
+
+
+def test_an_answer_that_is_empty_as_final_is_none_in_memory_too(monkeypatch, bpe, capsys):
+    rows = unlike(40)
+    rows[7]["answer"] = "I do not know.\n####"
+    small(monkeypatch, {"train": rows, "val": unlike(9, 500)})
+    config = Config(answer_view="final", tokenizer="bpe")
+    line = error_line(capsys, load_data, config, bpe)
+    assert "test, train, row 8: answer_view=final" in line
+    assert len(load_data(replace(config, bad_lines="skip"), bpe).pairs["train"]) == 39
+    assert "test, train: left out 1 bad lines, kept 39\n" in capsys.readouterr().out
+
+
+# --- names, folders, the hub -------------------------------------------------------------------
+
+
+def test_only_gsm8k_is_called_gsm8k(bpe, capsys, monkeypatch):
+    rows = unlike(40)
+    for name in ("gsm8k.jsonl", "Regex.jsonl", "word_problems/train.jsonl", "mine/train.jsonl"):
+        write_jsonl(Path(name), rows)
+    names = {"gsm8k.jsonl": "gsm8k.jsonl", "Regex.jsonl": "Regex.jsonl", "mine": "mine",
+             "./word_problems": "word_problems (train.jsonl)", "mine/train.jsonl": "train"}
+    for dataset, name in names.items():
+        assert load_rows(Config(dataset=dataset))[1] == name
+    mine = Config(data_dir="mine", tokenizer="bpe")
+    for _ in range(2):
+        assert load_data(mine, bpe).provenance["dataset"] == "mine (train.jsonl)"
+        assert "not GSM8K: mine holds other rows" in capsys.readouterr().out
+    monkeypatch.setattr(data, "GSM8K", {"train": sha256_of_rows(rows), "test": "another"})
+    assert {load_rows(Config(dataset=dataset))[1] for dataset in names} == {"gsm8k"}
+    load_data(mine, bpe)
+    write_jsonl(Path("mine/test.jsonl"), unlike(5, 100))  # which is not GSM8K's
+    assert load_rows(mine)[1] == "mine (train.jsonl)"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "parquet"])
+def test_a_folder_with_its_splits_is_a_data_set(ending, bpe, connections, capsys):
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    rows = {"train": unlike(40), "validation": unlike(9, 100), "test": unlike(7, 200)}
+    Path("mine").mkdir()
+    for name, some in rows.items():
+        path = Path(f"mine/{name}.{ending}")
+        if ending == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), path)
+        elif ending == "csv":
+            pyarrow.csv.write_csv(pyarrow.Table.from_pylist(some), path)
+        else:
+            text = "".join(json.dumps(row) + "\n" for row in some).encode()
+            path.write_bytes(gzip.compress(text) if ending == "jsonl.gz" else text)
+    loaded = load_data(Config(dataset="mine", tokenizer="bpe", block_size=128), bpe)
+    assert {s: len(p) for s, p in loaded.pairs.items()} == {"train": 40, "val": 9, "test": 7}
+    p = loaded.provenance
+    assert (p["dataset"], p["source"]) == ("mine", "mine")
+    assert p["test_sha256"] == sha256_of_rows(rows["test"])
+    assert connections == []
+    Path(f"mine/train.{ending}").unlink()
+    assert "holds no train.jsonl" in error_line(capsys, load_rows, Config(dataset="mine"))
+
+
+def test_a_data_set_on_the_hub(hub, monkeypatch, capsys):
+    import datasets
+
+    calls, asked = [], hub()
+    splits = {"train": unlike(40), "validation": unlike(9, 100), "extra": unlike(5),
+              "mine": unlike(30)}  # fmt: skip
+
+    def load_dataset(name, configuration):
+        calls.append((name, configuration))
+        return splits
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows, *about = load_rows(Config(dataset="some/sums"))
+    assert rows == {"train": splits["train"], "val": splits["validation"]}
+    assert about == ["some/sums", "hub some/sums"]
+    assert "splits not used: extra, mine" in capsys.readouterr().out
+    rows = load_rows(Config(dataset="some/sums:small:mine"))[0]
+    assert rows["train"] == splits["mine"]
+    load_rows(Config(dataset="openai/gsm8k"))
+    assert calls == [("some/sums", None), ("some/sums", "small"), ("openai/gsm8k", "main")]
+    assert asked[0] == "/api/datasets/some/sums"
+    line = error_line(capsys, load_rows, Config(dataset="some/sums::nosuch"))
+    assert "no split nosuch but train, validation, extra, mine" in line
+
+
+def test_a_hub_that_is_out_of_reach_is_one_line(hub, capsys):
+    line = error_line(capsys, load_rows, Config(dataset="some/sums"))
+    assert "dataset=some/sums: the hub gave none" in line and "owner/name:configuration" in line
+
+
+def test_a_row_of_the_hub_that_is_no_pair_is_named(hub, load_calls, capsys):
+    config = Config(dataset="some/sums", fields="question:extra")
+    line = error_line(capsys, data.split_rows, config)
+    assert "hub some/sums, train, row 1: extra is 1, which is no text" in line
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--fields=q"], "fields=q must name"), (["--fields=q:a:b"], "must name"),
+    (["--fields=q+:a"], "must name"), (["--fields=:a"], "must name"),
+    (["--dataset=regex", "--fields=q:a"], "fields=q:a goes with rows of your own, not regex"),
+    (["--dataset=a.txt", "--views=split", "--group=user"], "group=user goes with rows of your own"),
+])  # fmt: skip
+def test_fields_and_groups_that_make_no_sense_are_refused(options, said, capsys):
+    assert said in error_line(capsys, load_config, options)
+
+
+def test_a_data_set_that_moved_is_found_where_it_is_now():
+    for dataset, moved in {"a/b.csv": "there/b.csv", "a/b.jsonl.gz": "there/b.jsonl.gz",
+                           "a/b": "there", "regex": "regex", "gsm8k": "gsm8k"}.items():  # fmt: skip
+        assert relocated(Config(dataset=dataset), "there").dataset == moved
+        assert relocated(Config(dataset=dataset), "").dataset == dataset
+
+
+def test_what_is_made_here_is_named_once():
+    assert tuple(data.GENERATORS) == MADE_HERE
+
+
+# --- how answers are scored -------------------------------------------------------------------
+
+DATES = [{"question": f"Day {i}?", "answer": f"Count.\n#### 2021-05-{i % 28 + 1}"}
+         for i in range(60)]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows, options, scoring", [
+    (sums(60), {}, "number"),
+    (sums(60), {"answer_view": "final"}, "final"),
+    (sums(60), {"views": "steps"}, "number"),
+    (sums(60), {"score": "string"}, "string"),
+    (DATES, {}, "string"),
+    (DATES, {"answer_view": "final"}, "string"),
+    # Not all of them, more than may be held out.
+    ([*sums(53), *({"question": f"Sure {i}?", "answer": "#### yes"} for i in range(7))], {},
+     "string"),
+])  # fmt: skip
+def test_what_trains_answers_are_decides_how_they_are_scored(rows, options, scoring, bpe, capsys):
+    """And no name: neither a file's, nor that of the folder whose data is said to be GSM8K."""
+    for name in ("gsm8k.jsonl", "word_problems.jsonl", "regex.jsonl", "mine.jsonl"):
+        write_jsonl(Path(name), rows)
+        config = Config(dataset=name, tokenizer="bpe", batch_size=4, **options)
+        for _ in range(2):  # the second time from the tokens that are kept
+            found = load_data(config, bpe)
+            assert found.scoring == found.provenance["scoring"] == scoring
+            assert f"answers are scored as {scoring}" in capsys.readouterr().out
+    write_jsonl(Path("folder/train.jsonl"), rows)
+    config = Config(data_dir="folder", tokenizer="bpe", batch_size=4, **options)
+    assert load_data(config, bpe).scoring == scoring
+
+
+def test_the_field_decides_over_tokens_that_are_kept(bpe, capsys):
+    write_jsonl(Path("mine.jsonl"), sums(60))
+    config = Config(dataset="mine.jsonl", tokenizer="bpe", batch_size=4)
+    found = [load_data(replace(config, score=score), bpe).scoring
+             for score in ("auto", "string", "auto", "regex", "number")]  # fmt: skip
+    assert found == ["number", "string", "number", "regex", "number"]
+    write_jsonl(Path("dates.jsonl"), DATES)
+    config = replace(config, dataset="dates.jsonl", score="number")
+    line = error_line(capsys, load_data, config, bpe)
+    assert "score=number" in line and "none of 54 answers of train" in line
+
+
+def test_the_generators_are_scored_as_ever(monkeypatch, bpe):
+    for generator, name, scoring in ((word_problems, "word_problems", "number"),
+                                     (regex_pairs, "regex_depth", "regex")):  # fmt: skip
+        fewer(monkeypatch, generator, 100)
+        assert load_data(Config(dataset=name, tokenizer="bpe"), bpe).scoring == scoring

@@ -60,16 +60,16 @@ def model_of(pairs):
     return make_model(pairs.config, pairs.vocab_size).eval()
 
 
-def measured(name="a", seed=1, curve=(), views=None, **settings):
+def measured(name="a", seed=1, curve=(), views=None, groups=None, **settings):
     """A Measured of made embeddings, as the figures and tables need it."""
     torch.manual_seed(seed)
     text, code, pred = views = torch.randn(3, 24, 8) if views is None else views
-    panel = collapse_panel(pred, text, code)
+    panel = collapse_panel(pred, text, code, groups)
     layers = {key: [panel[key]] * 3 for key in (
         "matched", "mismatched", "effective_rank_pred", "effective_rank_target")}  # fmt: skip
     numbers = {"name": name, "step": 6, "jepa_weight": 1.0, "seed": seed, "ce": 2.0 + seed,
                **panel, "pairs": verdict(panel), "layers": layers}  # fmt: skip
-    return Measured(numbers, cosines(pred, code), views, str(settings), list(curve), 16)
+    return Measured(numbers, cosines(pred, code), views, str(settings), groups, list(curve), 1 / 16)
 
 
 # --- what is read, layer by layer -------------------------------------------------------------
@@ -230,6 +230,27 @@ def test_no_measure_of_the_panel_praises_a_point():
     assert panel["linear_r2_flaw"] == "point" and verdict(panel) == "collapsed"
 
 
+def test_no_measure_of_the_panel_takes_an_equal_answer_for_a_wrong_one():
+    """Two answers, told apart perfectly. An equal answer of another pair is no second one."""
+    groups = np.arange(24) % 2
+    views = torch.eye(2, 6)[groups]
+    panel = collapse_panel(views, views, views, groups)
+    assert panel["retrieval_at_1"] == 1 and panel["mismatched"] == 0
+    assert panel["within_pred"] == panel["within_target"] == 0
+    assert panel["chance"] == 1 / 2 and verdict(panel) == "aligned"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_panel_of_a_diverged_model_says_so(value):
+    views = torch.randn(3, 24, 8)
+    views[:, 5, 2] = value
+    panel = collapse_panel(*views)
+    assert verdict(panel) == "not finite" and panel["linear_r2_flaw"] == "not finite"
+    assert all(map(math.isnan, panel["singular_values"]))
+    group = [measured("a_s1", 1, views=views), measured("a_s2", 2)]
+    assert tables([("a", group)])[0][1][3] == "nan ± nan"
+
+
 # --- seeds ------------------------------------------------------------------------------------
 
 
@@ -346,7 +367,94 @@ def test_other_views_of_the_same_data_are_left_out_or_noted(tiny_run, monkeypatc
     printed = capsys.readouterr().out
     assert "steps" in printed and "whole" not in printed and "note" not in printed
     eval_alignment.main([*ARGS, "--n_pairs=8", "out/whole", "out/steps"])
-    assert "note: steps is measured on other pairs than whole" in capsys.readouterr().out
+    assert "untrained views=pairs" in (printed := capsys.readouterr().out)
+    assert "untrained views=steps" in printed
+
+
+@pytest.mark.parametrize("options, names", [
+    (dict(n_embd=64), ("n_embd=32", "n_embd=64")), (dict(n_layer=1), ("n_layer=2", "n_layer=1")),
+    (dict(n_head=4), ("n_head=2", "n_head=4")), (dict(n_pred=2), ("n_pred=1", "n_pred=2")),
+    (dict(bpe_vocab_size=340), ("tokenizer=bpe-", "tokenizer=bpe-")),
+    (dict(layout="isolated"), ("layout=tree", "layout=isolated")),
+    (dict(views="steps"), ("views=pairs", "views=steps")),
+    (dict(pooling="mean"), ("pooling=last", "pooling=mean")),
+    (dict(block_size=33), ("pairs=", "pairs=")),  # other pairs are left out
+])  # fmt: skip
+def test_what_cannot_be_compared_has_a_table_and_a_floor_of_its_own(
+    options, names, tiny_run, tmp_path, monkeypatch, capsys
+):
+    no_figure, drawn = SimpleNamespace(savefig=lambda *args, **options: None), []
+    for page in ("draw_pairs", "draw_panel"):
+        monkeypatch.setattr(eval_alignment, page, lambda models, table, about: (
+            drawn.append([name for name, _ in models]) or no_figure))  # fmt: skip
+    tiny_run(max_iters=1, out_dir="out/a")
+    tiny_run(max_iters=1, jepa_weight=0, out_dir="out/b")
+    tiny_run(max_iters=1, out_dir="out/c", **options)
+    capsys.readouterr()
+    eval_alignment.main([*ARGS, "--n_pairs=8", "out/b", "out/c", "out/a"])
+    printed = capsys.readouterr().out
+    first, second = drawn[0], drawn[2]
+    assert drawn == [first, first, second, second]
+    assert first[:2] == ["a", "b"] and second[:1] == ["c"]  # JEPA first within a group
+    for floor, name in zip((first[2:], second[1:]), names):
+        assert len(floor) == 1 and floor[0].startswith(f"untrained {name}")
+    assert first[2] != second[1]
+    assert printed.count(" held-out pairs of sums (val)") == 2
+    assert [line.split()[0] for line in printed.splitlines()
+            if line.startswith(("a ", "b ", "c ", "untrained "))] == [
+                *(2 * ["a", "b", "untrained"]), *(2 * ["c", "untrained"])]  # fmt: skip
+    results = json.loads((tmp_path / "out" / "alignment.json").read_text())
+    assert [(m["name"], m["group"]) for m in results["models"]] == [
+        ("a", 1), ("b", 1), (first[2], 1), ("c", 2), (second[1], 2)]
+    assert [row["group"] for row in results["over_seeds"]] == [1, 1, 1, 2, 2]
+    assert [group["figures"] for group in results["groups"]] == [
+        ["alignment.png", "alignment_panel.png"], ["alignment-2.png", "alignment_panel-2.png"]]
+    for group in results["groups"]:
+        assert group["chance"] == 1 / group["n_pairs"]
+        for name in group["figures"]:
+            assert (tmp_path / "out" / name).exists()
+
+
+def test_each_floor_is_what_its_first_run_was_before_training(tiny_run, monkeypatch):
+    no_figure = SimpleNamespace(savefig=lambda *args, **options: None)
+    for page in ("draw_pairs", "draw_panel"):
+        monkeypatch.setattr(eval_alignment, page, lambda *args: no_figure)
+    tiny_run(max_iters=1, out_dir="out/a")
+    tiny_run(max_iters=1, out_dir="out/b", n_embd=64)
+
+    def floors(*runs):
+        eval_alignment.main([*ARGS, "--n_pairs=8", *runs])
+        models = json.loads(Path("out/alignment.json").read_text())["models"]
+        return [m["layers"] for m in models if m["name"].startswith("untrained")]
+
+    one, other, both = floors("out/a"), floors("out/b"), floors("out/a", "out/b")
+    assert both == one + other and one != other
+
+
+def test_runs_on_one_layout_and_size_share_a_floor_whatever_else_they_differ_in(
+    tiny_run, monkeypatch, capsys
+):
+    no_figure = SimpleNamespace(savefig=lambda *args, **options: None)
+    for page in ("draw_pairs", "draw_panel"):
+        monkeypatch.setattr(eval_alignment, page, lambda *args: no_figure)
+    tiny_run(max_iters=1, out_dir="out/a")
+    tiny_run(max_iters=1, out_dir="out/b", jepa_loss="infonce", dropout=0.1, learning_rate=1e-2)
+    capsys.readouterr()
+    eval_alignment.main([*ARGS, "--n_pairs=8"])
+    assert capsys.readouterr().out.count("untrained") == 2  # once in each of two tables
+
+
+def test_shared_answers_are_counted_in_the_tables(tiny_run, monkeypatch, capsys):
+    rows = {"train": sums(100), "val": [
+        {**row, "answer": f"#### {i % 2}"} for i, row in enumerate(sums(20, 500))]}
+    monkeypatch.setattr(data, "load_rows", lambda config: (dict(rows), "sums", "test"))
+    tiny_run(max_iters=1)
+    capsys.readouterr()
+    eval_alignment.main([*ARGS, "--n_pairs=8"])  # with figures
+    assert ("8 held-out pairs of sums (val), 8 share their answer; retrieval@1 by chance 0.500"
+            in capsys.readouterr().out)  # fmt: skip
+    [trained, floor] = json.loads(Path("out/alignment.json").read_text())["models"]
+    assert trained["chance"] == floor["chance"] == 1 / 2
 
 
 @pytest.mark.parametrize("arg", ["--split=train", "--n_pairs=1", "--pairs_seed=-1"])

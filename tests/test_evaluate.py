@@ -28,14 +28,40 @@ NUMBERS = [
     ("#### -$7", -7), ("#### 3.50", 3.5), ("#### .5", 0.5), ("#### 42 apples", 42),
     ("#### 12%", 12), ("####8", 8), ("#### 3\n#### 4", 4), ("#### 18.\nSo it is 20", 18),
     ("#### 0", 0), ("#### 007", 7), ("the answer is 8", None), ("", None), ("####", None),
-    ("#### none", None), ("#### 1/2", None), ("8 ####", None), ("#### 8 ####", None),
-    ("#### 3.5/2", None),
+    ("#### none", None), ("#### 1/2", 0.5), ("8 ####", None), ("#### 8 ####", None),
+    ("#### 3.5/2", None), ("#### $-7", -7), ("#### +5", 5), ("#### \u22125", -5), ("#### - 3", -3),
+    ("#### €5", 5), ("#### 5 €", 5), ("#### 3/4 cup", 0.75), ("#### 1e3", 1000),
+    ("#### 2.5E-1", 0.25), ("#### \\boxed{5}", 5), ("#### $5$", 5), ("#### $\\boxed{-5}$.", -5),
+    ("#### 21 °C", 21), ("#### 60 km/h", 60), ("#### 9 sq. ft.", 9), ("#### 4 m²", 4),
+    ("####\n8", 8), ("#### 5 * 3", None), ("#### 10:45", None), ("#### 7,2", None),
+    ("#### 1,23,456", None), ("#### 0,123", None), ("#### 2021-05-03", None), ("#### 5-3", None),
+    ("#### 3/4/2021", None), ("#### 3/0", None), ("#### 1.234.567", None), ("#### --5", None),
+    ("#### 5x3", None), ("#### 5 to 7", None), ("#### 5²", None), ("#### 1e99999", None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text, value", NUMBERS)
 def test_the_number_after_the_last_mark(text, value):
     assert final_number(text) == (None if value is None else pytest.approx(value))
+
+
+def test_numbers_are_compared_exactly():
+    assert final_number("#### 3/4") == final_number("#### 0.75") == final_number("#### 75e-2")
+    assert final_number("#### 1/3") != final_number("#### 0.3333333333333333")
+    assert final_number("#### 0.1") != final_number("#### 0.10000000000000001")
+    assert final_number("#### " + "9" * 6000) == 10**6000 - 1  # what a model may go on about
+    assert final_number("#### 5" + " " * 3000 + "!") is None  # in no time
+
+
+@pytest.mark.parametrize("output, target, contains", [
+    ("so 72 it is", "#### 72", True), ("172", "#### 72", False), ("72.5", "#### 72", False),
+    ("1234 of them", "#### 1,234", True), ("1,234.", "#### $1234", True), ("5", "#### -5", False),
+    ("3 - 8 = \u22125", "#### - 5", True), ("3/4", "#### 3", False), ("", "#### 3", False),
+    ("#### 0.50", "#### .5", True),  # the same number
+    ("5+3=8\n#### 9", "5+3=8\n#### 8", True),
+])  # fmt: skip
+def test_a_number_stands_somewhere_in_an_answer(output, target, contains):
+    assert score(output, target, "number")["contains"] is contains
 
 
 @pytest.mark.parametrize("output, target, kind, exact, prefix", [
@@ -50,12 +76,15 @@ def test_the_number_after_the_last_mark(text, value):
     (" [a-z]+", "[a-z]+", "string", False, False),
 ])  # fmt: skip
 def test_scores(output, target, kind, exact, prefix):
-    assert score(output, target, kind) == {"exact": exact, "prefix": prefix}
+    scores = score(output, target, kind)
+    contains = scores.pop("contains")
+    assert scores == {"exact": exact, "prefix": prefix}
+    assert contains or not (exact or prefix)
 
 
 def test_another_spelling_of_a_regex_is_equivalent_but_not_exact():
     scores = score("([0-9])|([a-z])", "([a-z])|([0-9])", "regex")
-    assert scores == {"exact": False, "prefix": False, "equivalent": True}
+    assert scores == {"exact": False, "prefix": False, "contains": False, "equivalent": True}
     assert not score("([0-9])|([A-Z])", "([a-z])|([0-9])", "regex")["equivalent"]
     assert not score("((((", "([a-z])|([0-9])", "regex")["equivalent"]
     assert score("((((", "((((", "regex")["equivalent"]  # the very string
@@ -101,7 +130,8 @@ def test_an_oracle_scores_one_and_silence_nothing(options, monkeypatch):
         assert [r["prompt"] for r in records] == [row["question"] for row in rows]
         assert all(r["exact"] and r["prefix"] and r["stopped"] for r in records)
         asking = asking._replace(max_new_tokens=longest_answer(pairs))  # which is just enough
-        assert answer_shares(asking, pairs, 20) == {"exact": 1, "prefix": 1, "stopped": 1}
+        assert answer_shares(asking, pairs, 20) == {
+            "exact": 1, "prefix": 1, "contains": 1, "stopped": 1}  # fmt: skip
         silent = asking._replace(trunk=oracle(monkeypatch, {}))
         for r in answer(silent, pairs, [0, 7]):
             assert (r["output"], r["exact"], r["prefix"], r["stopped"]) == ("", False, False, True)
@@ -114,7 +144,8 @@ def test_shares_are_of_the_first_questions_whatever_order_they_are_asked_in(monk
     pairs, tokenizer = pairs_of(sums(20))
     known = {tuple(pairs.prompt(i)): pairs.answer(i) for i in (0, 3, 19)}
     asking = Asking(oracle(monkeypatch, known), tokenizer, nullcontext, 99, "string")
-    assert answer_shares(asking, pairs, 10) == {"exact": 0.2, "prefix": 0.2, "stopped": 1}
+    assert answer_shares(asking, pairs, 10) == {
+        "exact": 0.2, "prefix": 0.2, "contains": 0.2, "stopped": 1}  # fmt: skip
     assert answer_shares(asking, pairs, 99)["exact"] == 3 / 20
     assert answer_shares(asking, pairs, 0) == {}
     assert share_of([{"exact": True}, {"exact": False}], "exact") == 0.5
@@ -141,7 +172,7 @@ def test_it_answers_every_question_and_goes_on_where_it_stopped(trained, capsys)
     results = json.loads((trained / "accuracy-val.json").read_text())
     assert sorted(r["row"] for r in records) == list(range(20)) and results["n"] == 20
     assert results["provenance"] == about and about["step"] == 6
-    for key in ("exact", "prefix", "stopped"):
+    for key in ("exact", "prefix", "contains", "stopped"):
         share = sum(r[key] for r in records) / 20
         low, high = results[f"{key}_95"]
         assert results[key] == share and low <= share <= high
@@ -196,13 +227,9 @@ def test_runs_are_compared_on_the_same_rows(trained, tiny_run, capsys):
     assert json.loads(Path("out/other/accuracy-val-first-10.json").read_text())["n"] == 10
 
 
-def test_runs_are_compared_by_one_rule(trained, tiny_run, monkeypatch, capsys):
+def test_runs_are_compared_by_one_rule(trained, tiny_run):
     """A file of pairs is scored by the first run's rule, however the others' data are scored."""
-    rows = {"train": sums(100), "val": sums(20, 500)}
-    monkeypatch.setitem(data.SCORING, "numbers", "number")
-    monkeypatch.setattr(data, "load_rows", lambda config: (
-        dict(rows), "numbers" if config.seed == 2 else "sums", "test"))  # fmt: skip
-    tiny_run(out_dir="out/other", seed=2)
+    tiny_run(out_dir="out/other", seed=2, score="string")
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums(5, 900)))
 
     def rules(*names):
@@ -210,8 +237,8 @@ def test_runs_are_compared_by_one_rule(trained, tiny_run, monkeypatch, capsys):
         found = [json.loads(Path("out", name, "accuracy-mine.json").read_text()) for name in names]
         return [results["provenance"]["score"] for results in found]
 
-    assert rules("other") == ["number"]  # by itself
-    assert rules("tiny", "other") == ["string", "string"]
+    assert rules("other") == ["string"]  # by itself
+    assert rules("tiny", "other") == ["number", "number"]
 
 
 def made(name, records, digest="same", n=4):
@@ -252,6 +279,64 @@ def test_a_file_of_pairs(trained, capsys):
     run("--file=mine.jsonl", "--score=number")
     results = json.loads((trained / "accuracy-mine.json").read_text())
     assert (results["n"], results["left_out"]) == (6, 1)  # what was not answered is wrong
+    said = capsys.readouterr().out
+    assert "1 of 6 questions are longer, with their answer, than block_size=64" in said
+    [head, row] = said.rstrip().splitlines()[-2:]
+    assert head.split()[:4] == ["run", "n", "left", "out"] and row.split()[:3] == ["tiny", "6", "1"]
+
+
+def longest(rows, tokenizer):
+    return max(len(ids) for ids in tokenizer.encode([row["answer"] for row in rows])) + 1
+
+
+def test_a_target_longer_than_any_of_train_can_be_right(trained, monkeypatch, capsys):
+    """The longest of what is asked limits the answers too; both lengths are said."""
+    long = {"question": "Count?", "answer": "one, two, three, four, five, six\n#### 6"}
+    rows = [*sums(3, 900), long]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = []
+    monkeypatch.setattr(evaluate, "answer", lambda asking, pairs, examples, choose: (
+        asked.append(asking) or answer(asking, pairs, examples)))  # fmt: skip
+    run("--file=mine.jsonl")
+    tokenizer = asked[0].tokenizer
+    known, long = longest(sums(100), tokenizer), longest(rows, tokenizer)
+    assert asked[0].max_new_tokens == long > known
+    said = capsys.readouterr().out
+    assert f"answers of at most {long} tokens" in said
+    assert f"longest answer of train has {known}, of those asked {long}" in said
+    run("--file=mine.jsonl", "--n=3")  # the first three are no longer than train's
+    assert asked[-1].max_new_tokens == known
+    capsys.readouterr()
+    run("--file=mine.jsonl", f"--max_new_tokens={known}")
+    said = capsys.readouterr().out
+    assert f"1 of 4 right answers are longer than max_new_tokens={known}" in said
+
+
+def test_references_without_a_number_are_counted(trained, capsys):
+    rows = [*sums(4, 900), {"question": "When?", "answer": "#### 2021-05-03"},
+            {"question": "Sure?", "answer": "#### yes"}]  # fmt: skip
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--file=mine.jsonl")  # scored as the run's data are
+    assert "2 of 6 references hold no number: never right" in capsys.readouterr().out
+    Path("none.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[4:]))
+    line = error_line(capsys, run, "--file=none.jsonl", "--score=number")
+    assert "none of 2 answers" in line and "--score=string" in line
+    run("--file=none.jsonl", "--score=string")
+    assert "hold no number" not in capsys.readouterr().out
+
+
+def test_scoring_is_the_checkpoints(trained, monkeypatch):
+    """Decided once, by train; what would be decided today does not count."""
+    about = torch.load(trained / "ckpt.pt")["provenance"]["data"]
+    assert about["scoring"] == "number"
+    assert about["scoring_by"] == "a number ends 100 of 100 answers of train"
+    monkeypatch.setattr(data, "scoring_of", lambda *args: {"scoring": "string", "scoring_by": ""})
+    for given, scoring in (((), "number"), (("--score=string",), "string")):
+        run("--n=2", *given)
+        results = json.loads((trained / "accuracy-val-first-2.json").read_text())
+        assert results["provenance"]["score"] == scoring
+    train.main([*TINY, "--max_iters=8", "--init_from=resume"])
+    assert torch.load(trained / "ckpt.pt")["provenance"]["data"]["scoring"] == "number"
 
 
 def test_a_question_too_long_keeps_its_place_and_is_wrong(trained, tiny_run, capsys):
@@ -330,7 +415,7 @@ def test_training_logs_answers_when_asked(tiny_run):
     logged = [json.loads(line) for line in Path("out/tiny/metrics.jsonl").read_text().splitlines()]
     evaluations = [r for r in logged if "val_ce" in r]
     assert len(evaluations) == 2
-    assert all(0 <= r["val_exact"] <= r["val_prefix"] <= 1 for r in evaluations)
+    assert all(0 <= r["val_exact"] <= r["val_contains"] <= 1 for r in evaluations)
     asked = torch.load("out/tiny/ckpt.pt")["model"]
     tiny_run()  # asking changed nothing else
     plain = torch.load("out/tiny/ckpt.pt")["model"]

@@ -180,7 +180,7 @@ def test_temperature_top_k_and_top_p_do_what_they_say():
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(4000, 4)
 
     def shares(**options):
-        draw = Draw(Sampling(**options, seed=0), len(logits), torch.device("cpu"))
+        draw = Draw(Sampling(**options, seed=0), range(len(logits)), 1, torch.device("cpu"))
         drawn = draw(logits, torch.arange(len(logits)))
         return drawn.bincount(minlength=4) / len(logits)
 
@@ -198,9 +198,28 @@ def test_temperature_top_k_and_top_p_do_what_they_say():
 
 def test_what_a_row_draws_does_not_depend_on_which_others_are_left():
     logits, left = torch.randn(9, V), torch.tensor([1, 4, 8])
-    everyone, few = (Draw(Sampling(seed=5), 9, torch.device("cpu")) for _ in range(2))
+    everyone, few = (Draw(Sampling(seed=5), range(9), 3, torch.device("cpu")) for _ in range(2))
     for _ in range(3):
         assert torch.equal(everyone(logits, torch.arange(9))[left], few(logits[left], left))
+
+
+def test_what_a_row_draws_does_not_depend_on_its_batch():
+    """Its stream decides, and by default its place among the prompts: whatever the batch size, the
+    order and how much is asked for."""
+    gpt, sampling = make_talker(quiet=False), Sampling(temperature=1.5, seed=4)
+    prompts, streams = [*PROMPTS, PROMPTS[0]], [7, 2**62, 0, 31, 8]
+    whole = generate(gpt, prompts, 12, EOT, sampling, streams)
+    assert whole == generate_plain(gpt, prompts, 12, EOT, sampling, streams)
+    assert whole[0] != whole[4]  # the same question again
+    for size in (1, 2, 3):
+        parts = [generate(gpt, prompts[i : i + size], 12, EOT, sampling, streams[i : i + size])
+                 for i in range(0, 5, size)]  # fmt: skip
+        assert [row for part in parts for row in part] == whole
+    assert generate(gpt, prompts[::-1], 12, EOT, sampling, streams[::-1]) == whole[::-1]
+    short = generate(gpt, prompts, 5, EOT, sampling, streams)
+    assert short == [row[:5] for row in whole]
+    assert generate(gpt, prompts, 12, EOT, sampling) == generate(
+        gpt, prompts, 12, EOT, sampling, list(range(5)))  # fmt: skip
 
 
 def test_same_seed_same_text_other_seed_other_text():

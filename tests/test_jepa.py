@@ -14,11 +14,12 @@ import alignment
 import eval_alignment
 import train
 from config import Config
-from jepa import OBJECTIVES, TEMPERATURE, Objective, distance, sigreg, spread
+from jepa import OBJECTIVES, TEMPERATURE, Objective, cosines, distance, spread, wrong_pairs
 from lab.judge import judged
 from model import block_ends
 from plumbing.jsonl import as_pair
 from plumbing.processes import Processes
+from plumbing.spreads import sigreg
 from plumbing.tokenizers import train_tokenizer
 from run import make_model
 from views import CODE, PRED, TARGET, TEXT, layout_of, tokenize
@@ -323,6 +324,92 @@ def test_spread_is_the_mean_over_both_views(kind, monkeypatch):
     expected = (spread(a, a, kind) + spread(b, b, kind)) / 2
     assert spread(a, a, kind) != spread(b, b, kind)
     torch.testing.assert_close(spread(a, b, kind), expected)
+
+
+# --- shared answers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, block", [
+    ({}, TARGET), ({"layout": "isolated"}, CODE), ({"layout": "reverse"}, TEXT),
+])  # fmt: skip
+def test_groups_are_equal_exactly_where_the_tokens_that_enc_reads_are(options, block, bpe):
+    """Also where one target begins with another, and where tokens are 0."""
+    rows = [{"text": t, "code": c} for t, c in [
+        ("a", "1"), ("b", "11"), ("a", "11"), ("c", "1"), ("a", "2"), ("d", "1!"), ("e", "1!!")]]
+    pairs = pairs_of(bpe, rows=rows, **options)
+    groups = pairs.groups(np.arange(len(pairs)))
+    for i in range(len(pairs)):
+        for j in range(len(pairs)):
+            assert (groups[i] == groups[j]) == (pairs.view(i, block) == pairs.view(j, block))
+    assert len(set(groups.tolist())) == 5
+    few = pairs.groups(np.array([3, 1, 0]))  # of those asked for alone, in their order
+    assert few.shape == (3,) and few.dtype.kind == "i"
+    assert (few[0] == few[2]) == (groups[3] == groups[0])
+    assert pairs.groups(np.array([], int)).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", [*DISTANCES, *SPREADS])
+def test_groups_without_shared_answers_change_no_bit(kind):
+    loss = distance if kind in DISTANCES else spread
+    found = []
+    for groups in (None, np.array([3, 1, 0, 7, 4]), torch.tensor([3, 1, 0, 7, 4])):
+        torch.manual_seed(1)
+        views = torch.randn(2, 5, 8).requires_grad_()
+        value = loss(*views, kind, groups)
+        value.backward()
+        found.append((value.detach(), views.grad))
+    for value, gradient in found[1:]:
+        assert torch.equal(value, found[0][0]) and torch.equal(gradient, found[0][1])
+
+
+def test_infonce_and_cross_without_groups_are_what_they_were_to_the_bit():
+    """The formulas that they had before answers could be shared."""
+    pred, target = torch.randn(2, 7, 8)
+    cosine = F.normalize(pred, dim=-1) @ F.normalize(target, dim=-1).T
+    infonce = F.cross_entropy(cosine / TEMPERATURE, torch.arange(7))
+    cross = cosine[~torch.eye(7, dtype=torch.bool)].square().mean()
+    assert torch.equal(distance(pred, target, "infonce", np.arange(7)), infonce)
+    assert torch.equal(spread(pred, target, "cross", np.arange(7)), cross)
+
+
+def test_shared_answers_are_no_negatives():
+    """A plain loop over the wrong pairs of each row, its own target beside them."""
+    pred, target = torch.randn(2, 6, 8)
+    groups = [0, 1, 0, 2, 1, 0]
+    cosine, infonce, wrong = cosines(pred, target).tolist(), [], []
+    for i in range(6):
+        others = [cosine[i][j] for j in range(6) if groups[j] != groups[i]]
+        among = [math.exp(c / TEMPERATURE) for c in [cosine[i][i], *others]]
+        infonce.append(-math.log(among[0] / sum(among)))
+        wrong += [c * c for c in others]
+    got = distance(pred, target, "infonce", np.array(groups)).item()
+    assert got == pytest.approx(sum(infonce) / 6, rel=1e-4)
+    got = spread(pred, target, "cross", np.array(groups)).item()
+    assert got == pytest.approx(sum(wrong) / len(wrong), rel=1e-4)
+
+
+def test_a_perfect_encoder_of_two_answers_has_no_loss():
+    groups = np.array([0, 1, 1, 0, 1, 0])
+    x = torch.eye(2)[groups]
+    assert distance(x, x, "infonce", groups).item() < 1e-5
+    assert spread(x, x, "cross", groups).item() < 1e-10
+    assert distance(x, x, "infonce").item() > 1  # as it was
+    assert spread(x, x, "cross").item() > 0.3
+
+
+@pytest.mark.parametrize("loss, kind", [(distance, "infonce"), (spread, "cross")])
+def test_a_batch_of_one_answer_costs_nothing_and_keeps_its_graph(loss, kind):
+    views = torch.randn(2, 4, 8).requires_grad_()
+    value = loss(*views, kind, np.zeros(4, int))
+    assert value.item() == 0 and value.requires_grad
+    value.backward()
+    assert (views.grad == 0).all()
+
+
+def test_wrong_pairs_are_those_with_another_answer():
+    assert torch.equal(wrong_pairs(torch.ones(3, 5)), ~torch.eye(3, dtype=torch.bool))
+    expected = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]]).bool()
+    assert torch.equal(wrong_pairs(torch.ones(3, 5), np.array([4, 2, 4])), expected)
 
 
 # --- gradients --------------------------------------------------------------------------------

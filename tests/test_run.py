@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,7 +137,8 @@ def test_a_damaged_run_is_one_line(ckpt, capsys):
 
 ARGS = ["--dataset=word_problems", "--tokenizer=bpe", "--bpe_vocab_size=320", "--n_layer=1",
         "--n_head=2", "--n_embd=32", "--batch_size=4", "--max_iters=2", "--eval_interval=2",
-        "--eval_pairs=4", "--dtype=float32", "--device=cpu", "--warmup_iters=1"]  # fmt: skip
+        "--eval_pairs=4", "--dtype=float32", "--device=cpu", "--warmup_iters=1",
+        "--out_dir=out/default"]  # fmt: skip
 RESUME = [*ARGS, "--init_from=resume"]
 
 
@@ -266,6 +269,165 @@ def test_the_same_rows_may_lie_elsewhere_on_resume(tmp_path, monkeypatch):
     train.main([*ARGS, "--dataset=gsm8k", "--data_dir=here"])
     train.main([*RESUME, "--dataset=gsm8k", "--data_dir=there", "--max_iters=3"])
     assert load_run(tmp_path / "out" / "default", CPU).step == 3
+
+
+# --- the config of a resumed run --------------------------------------------------------------
+
+GO_ON = ["--out_dir=out/default", "--init_from=resume"]
+
+
+def steps_of(folder="out/default"):
+    return [r for r in read_records(Path(folder) / "metrics.jsonl") if "lr" in r]
+
+
+def test_the_config_of_a_resumed_run_is_the_checkpoints(out, capsys):
+    """Nothing else has to be said again: neither the data, nor the model, nor the device."""
+    saved = load_run(out / "default", CPU).config
+    train.main([*GO_ON, "--max_iters=3", "--log_interval=1"])
+    assert "step 2/3" in capsys.readouterr().out
+    config = load_run(out / "default", CPU).config
+    expected = replace(saved, init_from="resume", max_iters=3, lr_decay_iters=2, log_interval=1)
+    assert config == expected
+
+
+def test_the_line_after_ctrl_c_works_as_printed(tmp_path, monkeypatch, capsys):
+    """Shell and all, with options, and a folder, that need not be remembered."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.GENERATORS, "word_problems", few_rows)
+    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
+    (tmp_path / "my recipe.py").write_text("max_iters = 6\nn_layer = 2\nout_dir = 'elsewhere'\n")
+    options = [arg for arg in ARGS if "max_iters" not in arg and "out_dir" not in arg]
+    real = train.learning_rate
+
+    def learning_rate(step, config):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(step, config)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    with pytest.raises(SystemExit):
+        train.main(["my recipe.py", *options, "--seed=5", "--out_dir=out/it's mine"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("SIGTERM: saved out/it's mine/ckpt.pt at step 4; to go on: python train")
+    python, script, *argv = shlex.split(line.partition("to go on: ")[2])
+    assert (python, script, argv[0]) == ("python", "train.py", "my recipe.py")
+    monkeypatch.setattr(train, "learning_rate", real)
+    train.main(argv)
+    printed = capsys.readouterr().out
+    assert "note:" not in printed  # the recipe is as it was; the options were given, not changed
+    config = load_run(tmp_path / "out/it's mine", CPU).config
+    assert (config.seed, config.n_layer, config.recipe) == (5, 1, "my recipe")
+    assert [r["step"] for r in steps_of("out/it's mine")] == [*range(6)]
+
+
+def test_a_recipe_that_changed_is_named_and_not_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.GENERATORS, "word_problems", few_rows)
+    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("learning_rate = 2e-3\nn_pred = 2\n")
+    train.main(["mine.py", *ARGS])
+    recipe.write_text("learning_rate = 5e-3\nn_pred = 2\nn_embd = 7\n")  # alone it would be refused
+    capsys.readouterr()
+    train.main(["mine.py", *GO_ON, "--max_iters=3"])
+    [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "mine.py" in note and "learning_rate=0.005 (the run: 0.002)" in note
+    assert "not used" in note and "n_pred" not in note
+    assert load_run(Path("out/default"), CPU).config.learning_rate == 2e-3
+
+
+def test_a_data_file_that_moved_can_be_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
+    for folder in ("here", "there", "third", "other"):
+        (tmp_path / folder).mkdir()
+    rows = [f'{{"question": "What is {i} plus 1?", "answer": "{i + 1}"}}\n' for i in range(40)]
+    Path("here/pairs.jsonl").write_text("".join(rows))
+    Path("other/pairs.jsonl").write_text("".join(rows[:-1]))
+    train.main([*ARGS, "--dataset=here/pairs.jsonl"])
+    Path("here/pairs.jsonl").rename("there/pairs.jsonl")
+    train.main([*GO_ON, "--dataset=there/pairs.jsonl", "--max_iters=3"])
+    Path("there/pairs.jsonl").rename("third/pairs.jsonl")
+    train.main([*GO_ON, "--data_dir=third", "--max_iters=4"])
+    opened = load_run(Path("out/default"), CPU)
+    assert (opened.step, opened.config.dataset) == (4, "third/pairs.jsonl")
+    line = error_line(capsys, train.main, [*GO_ON, "--dataset=other/pairs.jsonl"])
+    assert "was trained on other data: " in line and "train_sha256" in line
+    line = error_line(capsys, train.main, [*GO_ON, "--dataset=gone/pairs.jsonl"])
+    assert "dataset was 'third/pairs.jsonl', is 'gone/pairs.jsonl'" in line
+
+
+def test_more_steps_keep_the_schedule_and_say_so(out, capsys):
+    rates = [r["lr"] for r in steps_of()]
+    train.main([*RESUME, "--max_iters=5"])
+    said = "stays at min_lr=0.0001 from step 2 on; --lr_decay_iters=5 would bend it"
+    assert said in capsys.readouterr().out
+    assert [r["lr"] for r in steps_of()] == [*rates, *[1e-4] * 3]
+    train.main([*GO_ON, "--max_iters=7"])  # the schedule is still the first one's
+    assert [r["lr"] for r in steps_of()][-2:] == [1e-4] * 2
+    train.main([*GO_ON, "--max_iters=7"])
+    assert "schedule" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_schedule_is_bent_on_purpose(out, capsys):
+    train.main([*RESUME, "--max_iters=6", "--lr_decay_iters=6"])
+    assert "bent: it reaches min_lr=0.0001 at step 6, not 2" in capsys.readouterr().out
+    rates = [r["lr"] for r in steps_of()][2:]
+    config = replace(load_run(out / "default", CPU).config, max_iters=6, lr_decay_iters=6)
+    assert rates == [train.learning_rate(step, config) for step in (2, 3, 4, 5)]
+    assert min(rates) > 1e-4
+
+
+# --- the last two checkpoints -----------------------------------------------------------------
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    at = len(content) // 2
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_the_checkpoint_before_the_last_one_is_kept(out, capsys):
+    first = (out / "default/ckpt.pt").read_bytes()
+    train.main([*GO_ON, "--max_iters=3", "--eval_interval=3"])
+    last, previous = out / "default/ckpt.pt", out / "default/ckpt-previous.pt"
+    assert previous.read_bytes() == first != last.read_bytes()
+    assert not last.samefile(previous)  # one damaged byte may not cost both
+    assert load_run(previous, CPU).step == 2
+
+
+def test_a_damaged_checkpoint_names_the_other_and_that_one_goes_on(out, capsys):
+    train.main([*GO_ON, "--max_iters=4", "--eval_interval=2"])
+    whole = load_run(out / "default", CPU).model.state_dict()
+    flip(out / "default/ckpt.pt")
+    before = bytes_of(out)
+    for call, *args in ((train.main, GO_ON), (load_run, out / "default", CPU)):
+        line = error_line(capsys, call, *args)
+        assert "ckpt.pt is damaged" in line and "default/ckpt-previous.pt" in line
+        assert "--init_from=previous goes on" in line
+    assert bytes_of(out) == before
+    damaged = (out / "default/ckpt.pt").read_bytes()
+    train.main(["--out_dir=out/default", "--init_from=previous"])
+    assert "ckpt-previous.pt takes its place" in capsys.readouterr().out
+    assert (out / "default/earlier/ckpt-1.pt").read_bytes() == damaged
+    again = load_run(out / "default", CPU)
+    assert again.step == 4 and all(torch.equal(w, whole[n]) for n, w in
+                                   again.model.state_dict().items())  # fmt: skip
+    assert load_run(out / "default/ckpt-previous.pt", CPU).step == 2
+    assert [r["step"] for r in steps_of()] == [0, 1, 2, 3]
+
+
+def test_previous_is_refused_where_there_is_none(out, capsys):
+    before = bytes_of(out)
+    line = error_line(capsys, train.main, ["--out_dir=out/default", "--init_from=previous"])
+    assert "no checkpoint out/default/ckpt-previous.pt" in line and bytes_of(out) == before
+
+
+def test_best_is_the_checkpoint_with_the_lowest_loss(out, capsys):
+    assert load_run(out / "default", CPU, best=True).path.name == "best.pt"
+    line = error_line(capsys, load_run, out / "default/ckpt.pt", CPU, best=True)
+    assert "is a checkpoint already" in line
 
 
 # --- other mistakes ---------------------------------------------------------------------------

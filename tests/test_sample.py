@@ -71,6 +71,59 @@ def test_a_prompt_stands_where_questions_stood_in_training(
     assert given == [[*before, *tokenizer.encode(["What is 3 plus 2?"])[0], tokenizer.sep]]
 
 
+def test_another_system_prompt_may_stand_before_a_prompt(
+    given, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
+    rows = [chat(("system", "Add."), ("user", row["question"]), ("assistant", row["answer"]))
+            for row in sums(40)]  # fmt: skip
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [*TINY, "--dataset=mine.jsonl", "--eval_pairs=4", "--max_iters=1"]
+    train.main(options)
+    ask = [*SAMPLE, "--num_samples=1", "--prompt=What is 3 plus 2?"]
+    tokenizer = load_run(Path("out/tiny"), CPU).tokenizer
+    for system, before in ((None, "Add.\n"), ("Subtract.", "Subtract.\n"), ("", "")):
+        sample.main(ask + ([] if system is None else [f"--system={system}"]))
+        asked = [*tokenizer.encode(["What is 3 plus 2?"])[0], tokenizer.sep]
+        assert given[-1] == [*(tokenizer.encode([before])[0] if before else []), *asked]
+    line = error_line(capsys, sample.main, [*SAMPLE, "--system=Add."])
+    assert "system stands before a prompt" in line
+    train.main([*options, "--system_prompt=drop"])
+    line = error_line(capsys, sample.main, [*ask, "--system=Add."])
+    assert "trained without system prompts (system_prompt=drop" in line
+
+
+def test_mixed_system_prompts_are_said(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
+    rows = [chat(("system", "Be brief." if i % 2 else "Be polite."), ("user", row["question"]),
+                 ("assistant", row["answer"])) for i, row in enumerate(sums(40))]  # fmt: skip
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.main([*TINY, "--dataset=mine.jsonl", "--eval_pairs=4", "--max_iters=1"])
+    assert "system prompts: 2 different ones" in capsys.readouterr().out
+    for option, noted in (([], True), (["--system=Be brief."], False)):
+        sample.main([*SAMPLE, "--num_samples=1", "--prompt=What is 3 plus 2?", *option])
+        note = "began with 2 different system prompts; none stands before this one"
+        assert (note in capsys.readouterr().out) == noted
+
+
+def test_best_asks_the_best_checkpoint(tiny_run, monkeypatch, capsys):
+    real, n = train.embed_pairs, []
+
+    def embed_pairs(*args):
+        n.append(None)
+        return len(n), *real(*args)[1:]  # every evaluation is worse
+
+    monkeypatch.setattr(train, "embed_pairs", embed_pairs)
+    tiny_run()
+    for args, seen in ((SAMPLE, "ckpt.pt, step 6"), ([*SAMPLE, "--best"], "best.pt, step 3")):
+        sample.main([*args, "--num_samples=1"])
+        assert f"run out/tiny/{seen}" in capsys.readouterr().out
+    evaluate.main(["out/tiny", "--device=cpu", "--split=val", "--n=2", "--best=true"])
+    assert Path("out/tiny/accuracy-best-val-first-2.json").exists()
+
+
 def test_samples_of_steps_and_of_running_text(tiny_run, given, capsys):
     """Of steps, the right answer is all that follows the question; running text has no end mark."""
     tiny_run(views="steps", max_iters=1)

@@ -26,7 +26,7 @@ from model import GPT, block_ends, read_hidden
 from plumbing.files import read_checkpoint
 from plumbing.plots import plot_losses
 from plumbing.processes import ROOT, Processes, compile_or_not
-from run import FORMAT, load_run, make_model, tokenizer_of
+from run import FORMAT, Progress, load_run, make_model, tokenizer_of
 from views import CODE, PRED, TARGET, TEXT
 
 CPU = torch.device("cpu")
@@ -282,6 +282,99 @@ def test_the_baseline_logs_no_jepa_value(tiny_run):
     assert all(" | jepa - | " in line for line in progress_lines(said))
 
 
+# --- shared answers ---------------------------------------------------------------------------
+
+
+def reviews(n, first=0):
+    """n rows with two answers, which a word of each decides."""
+    words = {"Bad": ("slow", "loud", "stale", "dull"), "Good": ("bright", "warm", "fresh", "calm")}
+    rows = []
+    for i in range(first, first + n):
+        code = ("Bad", "Good")[i * 5 // 3 % 2]
+        rows.append({"text": f"visit {i}: it was {words[code][i % 4]}", "code": code})
+    return rows
+
+
+@pytest.fixture
+def review_run(tiny_run, monkeypatch):
+    """As tiny_run, on 200 reviews."""
+    rows = {"train": reviews(200), "val": reviews(40, 500)}
+    monkeypatch.setattr(data, "load_rows", lambda config: (dict(rows), "reviews", "test"))
+    return tiny_run
+
+
+@pytest.mark.parametrize("options", [
+    dict(jepa_loss="infonce", **NO_SPREAD), dict(spread="cross"),
+    dict(jepa_loss="infonce", stop_grad=True, **NO_SPREAD),
+    dict(spread="cross", jepa_dropout=0.5, jepa_dropout_per="example"),
+    dict(jepa_loss="infonce", layout="isolated", **NO_SPREAD),
+])  # fmt: skip
+def test_a_step_takes_no_equal_answer_for_a_wrong_one(review_run, options):
+    """The terms of the step, from its embeddings and its answers, by a plain loop."""
+    _, pairs, model = setup(**options, dropout=0)
+    t = training(model, pairs)
+    micro = train.plan(t, 0, 0)
+    examples = pairs.batch(0)[micro.has_jepa]
+    answers = [pairs.view(example, CODE) for example in examples]
+    assert len({tuple(answer) for answer in answers}) == 2 < len(answers)
+    batch = micro.batch
+    read = train.OBJECTIVES["pair"].reads(batch.block, pairs.config)
+    pred, target = train.pred_and_target(t, micro, model(batch, read)[0], batch.block)
+    cosine = F.cosine_similarity(pred[:, None], target[None], dim=-1).tolist()
+    squares, terms = [], []
+    for i, answer in enumerate(answers):
+        others = [cosine[i][j] for j, other in enumerate(answers) if other != answer]
+        among = [math.exp(c / 0.07) for c in [cosine[i][i], *others]]
+        squares += [c * c for c in others]
+        terms.append(-math.log(among[0] / sum(among)))
+    total = step_gradients(model, pairs)[1]
+    if "infonce" in options.values():
+        assert total["jepa"] == pytest.approx(sum(terms) / len(terms), rel=1e-3)
+    else:
+        assert total["spread"] == pytest.approx(sum(squares) / len(squares), rel=1e-3)
+
+
+def test_without_shared_answers_training_is_what_it_was(tiny_run, monkeypatch):
+    """To the bit: beside the losses without groups."""
+    options = dict(dropout=0.1, jepa_dropout=0.5, gradient_accumulation_steps=2, batch_size=4)
+    for i, kind in enumerate((dict(spread="cross"), dict(jepa_loss="infonce", **NO_SPREAD))):
+        with monkeypatch.context() as patch:  # every answer its own
+            rows = {"train": sums(40), "val": sums(20, 500)}
+            for n, row in enumerate(rows["train"]):
+                row["answer"] += f" {n}"
+            patch.setattr(data, "load_rows", lambda config, rows=rows: (dict(rows), "sums", "test"))
+            tiny_run(**options, **kind, out_dir=f"out/with-{i}")
+            for name in ("distance", "spread"):
+                real = getattr(train, name)
+                patch.setattr(train, name, lambda *args, real=real: real(*args[:3]))
+            tiny_run(**options, **kind, out_dir=f"out/without-{i}")
+        ended = [checkpoint(f"out/{name}-{i}")["model"] for name in ("with", "without")]
+        assert same(*ended)
+
+
+def test_a_run_that_tells_two_answers_apart_is_aligned_and_not_collapsed(review_run):
+    said = review_run(max_iters=240, eval_interval=80, learning_rate=1e-2, batch_size=16, n_layer=1,
+                      eval_pairs=40, eval_answers=40)  # fmt: skip
+    last = records()[-1]
+    assert last["val_exact"] == 1 and last["val_retrieval_at_1"] > 0.9
+    assert last["val_matched"] > 0.8 and last["val_mismatched"] < 0.4
+    assert (last["val_chance"], last["val_shared"]) == (1 / 2, 40)
+    assert "COLLAPSE" not in said and "the pairs' embeddings are aligned" in said
+    assert said.count("of 40 (chance 0.500, 40 share their answer)") == 3
+
+
+def test_a_run_on_one_answer_alone_is_told_so_and_goes_to_its_end(review_run, monkeypatch):
+    rows = [{**row, "code": "Good"} for row in reviews(60)]
+    monkeypatch.setattr(data, "load_rows", lambda config: (
+        {"train": rows[:40], "val": rows[40:]}, "reviews", "test"))  # fmt: skip
+    for options in ({}, dict(jepa_loss="infonce", **NO_SPREAD)):
+        said = review_run(**options)
+        assert "the pairs' embeddings are of one answer only" in said and "COLLAPSE" not in said
+        steps = [r for r in records() if "lr" in r]
+        assert len(steps) == 6 and all(math.isfinite(v) for r in steps for v in r.values())
+        assert all(r["jepa" if options else "spread"] == 0 for r in steps)
+
+
 # --- stop, resume, save -----------------------------------------------------------------------
 
 
@@ -307,8 +400,8 @@ def test_resumed_equals_uninterrupted(tiny_run, monkeypatch, capsys, number, cod
         tiny_run(**options)
     assert stopped.value.code == code
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == (f"{number.name}: saved out/tiny/ckpt.pt at step {at + 1}; --init_from=resume "
-                    "goes on from there")
+    assert last == (f"{number.name}: saved out/tiny/ckpt.pt at step {at + 1}; to go on: python "
+                    "train.py --out_dir=out/tiny --init_from=resume")
     assert checkpoint()["step"] == at + 1  # it finished its step
     assert max(r["step"] for r in records() if "lr" in r) == at
     monkeypatch.setattr(train, "learning_rate", real)
@@ -391,9 +484,102 @@ def test_a_non_finite_gradient_is_noticed_though_the_loss_is_finite(tiny_run, mo
     assert torch.equal(models[0].ln_f.weight, torch.ones(32))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [3, 6])  # an evaluation in between, and the last thing that is done
+def test_an_evaluation_that_meets_divergence_first_is_one_line_and_saves_nothing(
+    tiny_run, monkeypatch, capsys, value, at
+):
+    real = train.train_step
+
+    def train_step(t, step):
+        total = real(t, step)
+        if step == at - 1:
+            with torch.no_grad():
+                t.model.ln_f.weight[3] = value
+        return total
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    line = error_line(capsys, tiny_run)
+    assert re.search(rf"validation cross-entropy nan at step {at}: .*out/tiny keeps", line)
+    assert not Path("out/tiny/ckpt.pt").exists() if at == 3 else checkpoint()["step"] == 3
+    assert all(math.isfinite(v) for r in records() for v in r.values())
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tiny_run, monkeypatch, capsys):
+    """A SIGTERM comes after an update has ruined them, before the next loss could tell."""
+    real = train.train_step
+
+    def train_step(t, step):
+        total = real(t, step)
+        if step == 4:
+            with torch.no_grad():
+                t.model.ln_f.weight[0] = math.nan
+            signal.raise_signal(signal.SIGTERM)
+        return total
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    line = error_line(capsys, tiny_run)
+    assert "weights are not finite at step 5" in line and "out/tiny keeps" in line
+    assert checkpoint()["step"] == 3
+    assert all(w.isfinite().all() for w in checkpoint()["model"].values())
+
+
+def falling_until(step_of_best, monkeypatch):
+    """val_ce falls until this step of training, then rises."""
+    real = train.embed_pairs
+
+    def embed_pairs(*args):
+        _, pred, target = real(*args)
+        step = len([r for r in records() if "lr" in r])
+        return 5 + abs(step - step_of_best) / 10, pred, target
+
+    monkeypatch.setattr(train, "embed_pairs", embed_pairs)
+
+
+def test_patience_stops_after_so_many_evaluations_without_a_better_one(tiny_run, monkeypatch):
+    falling_until(4, monkeypatch)
+    said = tiny_run(max_iters=20, eval_interval=2, patience=3)
+    assert [r["step"] for r in records() if "val_ce" in r] == [2, 4, 6, 8, 10]
+    assert ["stopped_early" in r for r in records() if "val_ce" in r] == [False] * 4 + [True]
+    assert records()[-1]["stopped_early"] is True
+    assert "stopped early: no better val ce in 3 evaluations since step 4, 5.0000" in said
+    assert "done in" in said
+    assert (checkpoint()["step"], checkpoint(name="best.pt")["step"]) == (10, 4)
+    falling_until(99, monkeypatch)  # never worse: all steps
+    assert "stopped early" not in tiny_run(max_iters=6, eval_interval=2, patience=1)
+    falling_until(0, monkeypatch)
+    assert "stopped early" not in tiny_run(max_iters=6, eval_interval=2)  # without patience
+    assert not any("stopped_early" in r for r in records())
+
+
+def test_patience_counts_once_what_a_resumed_run_measures_again(tiny_run, monkeypatch):
+    """Stopped at an evaluation and resumed, or stopped early and resumed: nothing more to do."""
+    falling_until(2, monkeypatch)
+    options = dict(eval_interval=2, patience=3)
+    tiny_run(max_iters=6, **options)
+    tiny_run(max_iters=20, **options, init_from="resume")
+    assert [r["step"] for r in records() if "val_ce" in r] == [2, 4, 6, 8]
+    assert "stopped early" in tiny_run(max_iters=20, **options, init_from="resume")
+    assert checkpoint()["step"] == 8
+    tiny_run(max_iters=10, eval_interval=2, patience=0, init_from="resume")  # on purpose
+    assert checkpoint()["step"] == 10 and not any("stopped_early" in r for r in records())
+
+
+def test_the_baseline_does_not_move_the_jepa_run_away(tiny_run, capsys):
+    options = [arg for arg in TINY if not arg.startswith("--out_dir")]
+    Path("mine.py").write_text("jepa_weight = 0.3\n")
+    for weight, moved in ((0.3, False), (0, False), (0, True)):
+        capsys.readouterr()
+        train.main(["mine.py", *options, f"--jepa_weight={weight}", "--max_iters=1"])
+        assert ("moved the earlier run" in capsys.readouterr().out) == moved
+    [jepa, baseline] = sorted(path.name for path in Path("out").glob("mine*"))
+    assert baseline == "mine,jepa_weight=0" or "jepa_weight=0" in baseline != jepa
+    assert (Path("out") / jepa / "ckpt.pt").exists()
+
+
 def test_a_second_run_moves_the_first_aside_intact(tiny_run):
     def contents(folder):
-        return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+        return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != ".lock"}
 
     firsts = []
     for seed in (1, 2, 3):
@@ -490,7 +676,7 @@ def test_the_progress_line_counts_the_remaining_time_in_clock_time():
     total = dict(loss=1.0, ce=1.0)
     for seconds, shown in ((59.7, "1:00"), (119.6, "2:00"), (59.4, "0:59")):
         recent = deque([(seconds, 100)])
-        line = train.progress_line(0, total, recent, {}, Config(max_iters=2))
+        line = Progress().line(total, recent, {}, Config(max_iters=2))
         assert line.endswith(f"ETA {shown}")
 
 
@@ -506,8 +692,8 @@ def test_metrics_have_the_promised_fields(tiny_run, jepa_weight):
         wanted |= {"jepa", "spread"}
     assert all(wanted == r.keys() for r in steps)
     wanted = {"step", "tokens", "flops", "seconds"} | {f"val_{name}" for name in (
-        "ce", "jepa", "matched", "mismatched", "retrieval_at_1", "mean_rank", "effective_rank",
-        "effective_rank_pred", "effective_rank_target")}  # fmt: skip
+        "ce", "jepa", "matched", "mismatched", "retrieval_at_1", "chance", "shared", "mean_rank",
+        "effective_rank", "effective_rank_pred", "effective_rank_target")}  # fmt: skip
     assert all(wanted == r.keys() for r in evaluations)  # of the baseline too
     assert all(math.isfinite(value) for r in records() for value in r.values())
     tokens = [r["tokens"] for r in steps]

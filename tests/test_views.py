@@ -713,7 +713,8 @@ def test_labels_of_steps_are_the_whole_answer_and_end_of_text(kind, options, bpe
 
 
 def test_examples_with_two_steps_are_counted(tmp_path, bpe, capsys):
-    rows = [*step_rows(30), *({"question": f"Why {i}?", "answer": "so\n#### 5"} for i in range(10))]
+    rows = [*({**row, "question": f"How many {i}?"} for i, row in enumerate(step_rows(30))),
+            *({"question": f"Why {i}?", "answer": "so\n#### 5"} for i in range(10))]  # fmt: skip
     path = tmp_path / "some.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = load_data(Config(dataset=str(path), tokenizer="bpe", **STEPS), bpe).pairs

@@ -86,7 +86,8 @@ def test_the_best_of_several_answers(weight, monkeypatch):
     asking = Asking(model, tokenizer, contextlib.nullcontext, 8)
     drawn = []
 
-    def draw(trunk, prompts, max_new_tokens, end, sampling):
+    def draw(trunk, prompts, max_new_tokens, end, sampling, streams):
+        assert len(set(streams)) == len(prompts)
         assert trunk is model and (max_new_tokens, end) == (8, eot)
         assert sampling.temperature == 0.7 and len(prompts) == len(drawn)
         asked.extend(prompts)
@@ -103,6 +104,34 @@ def test_the_best_of_several_answers(weight, monkeypatch):
         assert ids == given[int(measures[bool(weight)].argmax())]
     drawn = cut
     assert best_of(1, 0.7, weight)(asking, pairs, [1], cut) == cut  # none ended
+
+
+def test_what_is_drawn_does_not_depend_on_the_batch(monkeypatch):
+    """Nor on which questions an interrupted evaluation has left, nor on how many samples follow."""
+    pairs, tokenizer = pairs_of(sums(8))
+    model = a_model(pairs)
+    asking = Asking(model, tokenizer, contextlib.nullcontext, 6)
+
+    def drawn(*batches, samples=3):
+        found = {}
+
+        def keep(asking, pairs, examples, answers, weight):
+            for example, ids in zip(examples, answers):
+                found.setdefault(example, []).append(ids)
+            return answers[: len(set(examples))]
+
+        monkeypatch.setattr(judge, "best", keep)
+        for batch in batches:
+            answer(asking, pairs, batch, best_of(samples, 20.0, 1.0))
+        return found
+
+    whole = drawn(list(range(8)))
+    assert len({tuple(ids) for found in whole.values() for ids in found[1:]}) == 24
+    assert drawn([0, 1, 2], [3, 4, 5], [6, 7]) == whole
+    assert drawn(*([i] for i in reversed(range(8)))) == whole
+    assert drawn([5, 2]) == {row: whole[row] for row in (5, 2)}
+    more = drawn(list(range(8)), samples=5)
+    assert {row: found[:4] for row, found in more.items()} == whole
 
 
 def test_no_samples_no_choice():

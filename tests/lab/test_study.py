@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import error_line, sums
 
+from config import Config
 from data import load_data
 from lab import study
 from lab.arms import BASE, STAGES, Stage
@@ -74,7 +75,7 @@ def test_a_stage_runs_to_its_tables_and_picks_up_where_it_was(tmp_path, monkeypa
     Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for questions in ("val", "more.jsonl"):
         study.main(["tiny", "--dataset=sums.jsonl", f"--ask={questions}"])
-        table = f"of {questions} | n | exact | prefix | stopped | equivalent | p |"
+        table = f"of {questions} | exact | prefix | contains | stopped | equivalent | p |"
         assert table in capsys.readouterr().out
     study.main(["tiny", "--dataset=sums.jsonl", "--ask=val", "--samples=2", "--judge=3"])
     assert "of val, best of 3, judge 3 |" in capsys.readouterr().out
@@ -92,7 +93,15 @@ def test_a_stage_runs_to_its_tables_and_picks_up_where_it_was(tmp_path, monkeypa
     made = json.loads(path.read_text())
     made["provenance"]["data"]["train_sha256"] = "of other rows"
     path.write_text(json.dumps(made))
-    assert "different data" in error_line(capsys, study.main, ["tiny", "--dataset=sums.jsonl"])
+    study.main(["tiny", "--dataset=sums.jsonl"])  # trained anew, and not averaged with the other
+    said = capsys.readouterr().out
+    assert said.count("was finished") == said.count("trained anew") == 1
+    assert (folder / "earlier" / f"{path.parent.name}-1").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(study, "finished_of", lambda cells: {
+            at: {"data_sha256": at[0]} for at in cells})  # fmt: skip
+        plan = study.parse(["tiny", "--dataset=sums.jsonl"])
+        assert "different data" in error_line(capsys, study.collect, plan, study.cells_of(plan))
     shutil.rmtree(path.parent)  # an arm that cannot be trained: the other still has its row
     arms["cosine λ 1"] = dict(device="cuda:99")
     monkeypatch.setitem(study.STAGES, "tiny", tiny_stage(arms))
@@ -101,6 +110,28 @@ def test_a_stage_runs_to_its_tables_and_picks_up_where_it_was(tmp_path, monkeypa
     said = capsys.readouterr().out
     assert exit_.value.code == 1 and "| arm, n = 1 |" in said
     assert said.count("| λ 0 |") == 2 and "| cosine λ 1 |" not in said
+
+
+@pytest.mark.parametrize("options", [{}, {"answer_view": "final"}, {"views": "steps_random"}])
+def test_training_rows_are_no_new_questions(options, tmp_path, monkeypatch, capsys):
+    """Whatever is trained on of their answers."""
+    monkeypatch.chdir(tmp_path)
+    write = lambda path, rows: Path(path).write_text(  # noqa: E731
+        "".join(json.dumps(row) + "\n" for row in rows))  # fmt: skip
+
+    def rows(*numbers):
+        return [{"question": f"What is {i} and {i}?", "answer": f"Add {i}.\nTwice.\n#### {2 * i}"}
+                for i in numbers]  # fmt: skip
+
+    write("known.jsonl", rows(*range(60)))
+    write("more.jsonl", rows(*range(50, 70)))
+    config = Config(dataset="known.jsonl", tokenizer="bpe", bpe_vocab_size=320, **options)
+    new = study.new_questions(Path("more.jsonl"), config)
+    assert [row["messages"][0]["content"] for row in new] == [
+        f"What is {i} and {i}?" for i in range(60, 70)]  # fmt: skip
+    assert "10 of the 20 pairs of more.jsonl are new" in capsys.readouterr().out
+    assert "nothing in it is new" in error_line(
+        capsys, study.new_questions, Path("known.jsonl"), config)  # fmt: skip
 
 
 def made_up(exact):

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import sums
+from conftest import error_line, sums
 
 from config import load_config
 from lab import sweep
+from plumbing.files import claim_run
+from plumbing.jsonl import sha256_of_rows
 from plumbing.processes import ROOT
 from plumbing.stats import mean_sd, plus_minus
 
@@ -228,6 +230,18 @@ def test_a_resumed_run_that_finished_is_not_trained_again(trainings):
     assert trainings == []
 
 
+def test_a_run_that_stopped_early_is_finished_unless_it_went_on(trainings):
+    """train.py marks the evaluation after which patience ended the run."""
+    argv = ["debug", "--seed=0,1", "--max_iters=9", "--patience=2"]
+    for cell in cells_of(*argv):
+        write_run(cell.config, 6, stopped_early=True)
+    with open(cell.folder / "metrics.jsonl", "a") as file:  # the second one was resumed since
+        file.write('{"step": 6, "ce": 1.0}\n')
+    sweep.main(argv)
+    assert [run.config.seed for run in trainings] == [1]
+    assert [row["val_ce"] for row in rows()] == ["0.5", "0.5"]
+
+
 def test_a_failed_cell_is_reported_and_the_others_go_on(trainings, capsys):
     trainings.fate = lambda config: 2 if config.seed == 1 else {"val_ce": 4.0}
     assert exit_code("debug", "--n_pred=0,1", "--seed=0,1,2") == 1
@@ -262,7 +276,8 @@ def test_jobs_run_side_by_side_and_share_the_cores(trainings, monkeypatch, jobs,
     assert {run.env.get("OMP_NUM_THREADS") for run in trainings} == {threads}
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])  # fmt: skip
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_stops_the_children_gently(trainings, monkeypatch, capsys, number, code, times):
     """Each signal is passed on once: a child saves at the first, and ends at once at the second."""
@@ -460,6 +475,69 @@ def test_rows_and_columns_of_the_heat_map_are_not_mixed_up(trainings, figures):
 def test_cells_of_different_data_are_not_compared_silently(trainings, capsys):
     """The hub may go away in the middle of a sweep: later cells then train on word problems."""
     trainings.fate = lambda config: {"data": str(config.seed) * 64}
-    sweep.main(["debug", "--seed=0,1"])
+    line = error_line(capsys, sweep.main, ["debug", "--seed=0,1"])
+    assert "DIFFERENT DATA" in line and "seed 0" in line and "111111111111" in line
+    assert len(rows()) == 2 and not (AT / "heat.png").exists()
+    # side by side in a grid they are not averaged, and named
+    trainings.fate = lambda config: {"data": str(config.n_pred) * 64}
+    sweep.main(["debug", "--n_pred=0,1", "--out_dir=out/other"])
     said = capsys.readouterr().out
     assert "DIFFERENT DATA" in said and "000000000000 AND 111111111111" in said
+
+
+def test_a_file_that_changed_since_is_trained_on_anew(trainings, capsys):
+    """Also a finished cell with another data_dir; the same rows elsewhere are the same data."""
+    def write(folder, rows):
+        folder.mkdir(exist_ok=True)
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return sha256_of_rows(rows)
+
+    argv = ["debug", "--seed=0,1", "--max_iters=9", "--dataset=gsm8k"]
+    for name, more in (("a", 0), ("b", 0), ("c", 1)):
+        digest = write(Path(name), sums(30 + more))
+        trainings.fate = lambda config, digest=digest: {"data": digest}
+        sweep.main([*argv, f"--data_dir={name}"])
+        said = capsys.readouterr().out
+        anew = [run.config.init_from for run in trainings]
+        assert said.count("was finished") == (2 if name == "b" else 0)
+        assert anew == ([] if name == "b" else ["scratch"] * 2)
+        assert said.count("other data than there is now: trained anew") == 2 * more
+        trainings.clear()
+    assert len(list((AT / "earlier").iterdir())) == 2
+    write_run(cells_of(*argv, "--data_dir=c")[0].config, 3, data=digest)  # half done, and then:
+    digest = write(Path("c"), sums(40))
+    trainings.fate = lambda config: {"data": digest}
+    sweep.main([*argv, "--data_dir=c"])
+    assert [run.config.init_from for run in trainings] == ["scratch"] * 2
+
+
+def test_a_cell_that_an_earlier_sweep_still_trains_is_left_alone(trainings, capsys):
+    """The earlier sweep was killed; its train.py lives in a session of its own."""
+    argv = ["debug", "--seed=0,1"]
+    folder = cells_of(*argv)[1].folder
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        claim_run(folder)
+        os.write(write, b"!")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(read, 1)
+        (folder / "log.txt").write_text("its own")
+        line = error_line(capsys, sweep.main, argv)
+        assert "in training already" in line and f"seed=1 (process {child})" in line
+        assert trainings == [] and (folder / "log.txt").read_text() == "its own"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    sweep.main(argv)  # nothing is left of the lock
+    assert len(trainings) == 2
+
+
+def test_a_folder_of_somebody_s_own_is_no_sweep_s(trainings, capsys):
+    Path("mine").mkdir()
+    Path("mine/results.csv").write_text("a,b\n")
+    line = error_line(capsys, sweep.main, ["debug", "--seed=0,1", "--out_dir=mine"])
+    assert "nothing was touched" in line and trainings == []
+    assert [path.name for path in Path("mine").iterdir()] == ["results.csv"]

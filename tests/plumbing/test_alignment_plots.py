@@ -13,7 +13,8 @@ from eval_alignment import tables
 from plumbing import alignment_plots
 
 ABOUT = {
-    "split": "val", "n_pairs": 24, "pairs_seed": 0, "commit": "abc", "torch": "2", "time": "now",
+    "split": "val", "n_pairs": 24, "pairs_seed": 0, "chance": 1 / 24,
+    "commit": "abc", "torch": "2", "time": "now",
     "data": {"dataset": "made", "source": "test", "train_sha256": "0" * 64, "tokenizer": "bpe"},
 }  # fmt: skip
 
@@ -46,6 +47,30 @@ def test_both_pages_can_be_drawn_whatever_has_collapsed(tmp_path):
     made = {size: torch.ones(3, 24, 8) + size * torch.randn(3, 24, 8) for size in (0, 1e-8, 1)}
     models = [(f"{size}", [measured("a", views=views)]) for size, views in made.items()]
     models.append(("untrained", [measured()]))
+    first, second = tables(models)
+    alignment_plots.draw_pairs(models, first, ABOUT).savefig(tmp_path / "1.png", dpi=20)
+    alignment_plots.draw_panel(models, second, ABOUT).savefig(tmp_path / "2.png", dpi=20)
+
+
+def test_equal_answers_are_blank_in_the_matrix_and_left_out_of_the_histogram():
+    groups = np.array([0] * 20 + [1, 2, 3, 4])
+    models = [("a", [measured("a", groups=groups)]), ("untrained", [measured("b", 2)])]
+    figure = alignment_plots.draw_pairs(models, tables(models)[0], ABOUT)
+    shared, plain = (axis.images[0].get_array().filled(np.nan) for axis in figure.axes
+                     if axis.get_ylabel() == "[PRED] of question")  # fmt: skip
+    same = (groups[:, None] == groups) & ~np.eye(24, dtype=bool)
+    assert np.array_equal(np.isnan(shared), same) and not np.isnan(plain).any()
+    cosines = models[0][1][0].cosines.numpy()
+    histogram = figure.axes[0]
+    mean = cosines[groups[:, None] != groups].mean()
+    assert histogram.lines[0].get_xdata()[0] == pytest.approx(mean, abs=1e-6)
+
+
+@pytest.mark.parametrize("groups, value", [(np.zeros(24, int), 1.0), (None, np.nan)])
+def test_both_pages_can_be_drawn_of_one_answer_and_of_a_diverged_model(groups, value, tmp_path):
+    views = torch.randn(3, 24, 8)
+    views[:, 3] *= value
+    models = [("a", [measured("a", views=views, groups=groups)]), ("untrained", [measured("b", 2)])]
     first, second = tables(models)
     alignment_plots.draw_pairs(models, first, ABOUT).savefig(tmp_path / "1.png", dpi=20)
     alignment_plots.draw_panel(models, second, ABOUT).savefig(tmp_path / "2.png", dpi=20)

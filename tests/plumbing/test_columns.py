@@ -151,3 +151,45 @@ def test_all_that_can_be_kept_is_made_from_those_fields(
     assert len(folders()) == 1 and seen == [fields_of(config)] * 2  # train and val
     monkeypatch.setattr(data, "columns_of", real)
     assert_same(first, in_memory(config, monkeypatch, bpe))
+
+
+# --- are they what was written? ---------------------------------------------------------------
+
+
+def test_a_damaged_folder_is_made_anew(config, monkeypatch, capsys):
+    """A changed byte anywhere, a file that is shorter or gone: never another text's tokens."""
+    first = load_data(config)
+    [name] = folders()
+    folder = data.Path("out/tokens") / name
+    assert token_columns.is_sound(folder) and "damaged" not in capsys.readouterr().out
+    for file in sorted(path.name for path in folder.iterdir()):
+        for damage in ("changed", "shorter", "gone"):
+            content = bytearray((folder / file).read_bytes())
+            if not content:
+                continue
+            content[len(content) // 2] ^= 1
+            if damage == "gone":
+                (folder / file).unlink()
+            else:
+                (folder / file).write_bytes(content if damage == "changed" else content[:-1])
+            assert_same(first, load_data(config))
+            said = capsys.readouterr().out
+            assert (f"{folder} is damaged" in said) == (file != "checked.json"), (file, damage)
+    assert folders() == [name]
+
+
+def test_files_are_hashed_once_per_size_and_time(config, monkeypatch):
+    hashed, real = [], token_columns.sha256_of
+    monkeypatch.setattr(token_columns, "sha256_of", lambda path: (
+        hashed.append(path.name), real(path))[1])  # fmt: skip
+    load_data(config)
+    hashed.clear()
+    load_data(config)
+    sources = {name.split("/")[-1] for name in token_columns.SOURCES}
+    assert not set(hashed) - sources - {"sums.jsonl"}
+    [folder] = data.Path("out/tokens").iterdir()
+    (folder / "train.tokens").touch()
+    for times in (1, 0):
+        hashed.clear()
+        load_data(config)
+        assert hashed.count("train.tokens") == times and "val.tokens" not in hashed

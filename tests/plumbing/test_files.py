@@ -1,13 +1,16 @@
 """What is written is whole or not there; what is read is sound or one line."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
 import random
+import signal
 import sys
 import threading
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -18,7 +21,9 @@ from conftest import error_line
 from plumbing import files
 from plumbing.files import (
     append_lines,
+    claim_run,
     open_log,
+    owner_of,
     read_checkpoint,
     read_records,
     set_aside,
@@ -388,3 +393,103 @@ def test_what_is_set_aside_overwrites_nothing(tmp_path):
     earlier = tmp_path / "earlier"
     assert [(earlier / f"answers-{n}.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
     assert [(earlier / f"jepa_weight=0.5-{n}/ckpt.pt").read_text() for n in (1, 2)] == ["1", "2"]
+
+
+# --- whose folder it is -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_process():
+    """A function that has another process do something and then stay; it gives its number."""
+    children = []
+
+    def stays(work):
+        read, write = os.pipe()
+        children.append(os.fork())
+        if not children[-1]:
+            work()
+            os.write(write, b"!")
+            time.sleep(60)
+            os._exit(0)
+        assert os.read(read, 1) == b"!"
+        return children[-1]
+
+    yield stays
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    children.clear()
+
+
+def test_a_folder_has_one_owner_until_it_is_killed(other_process, tmp_path, capsys):
+    folder = tmp_path / "out" / "run"
+    assert owner_of(folder) == ""
+    child = other_process(lambda: claim_run(folder))
+    before = bytes_of(folder)
+    line = error_line(capsys, claim_run, folder)
+    assert f"{folder} belongs to process {child}" in line and f"kill {child}" in line
+    assert owner_of(folder) == str(child) and bytes_of(folder) == before
+    os.kill(child, signal.SIGKILL)
+    for _ in range(100):
+        if not owner_of(folder):
+            break
+        time.sleep(0.02)
+    claim_run(folder)
+    claim_run(folder)  # its own already
+    assert owner_of(folder) == "" and (folder / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_folder_that_was_moved_is_owned_anew(tmp_path):
+    folder = tmp_path / "run"
+    claim_run(folder)
+    set_aside(folder)
+    claim_run(folder)
+    assert (folder / ".lock").read_text() == str(os.getpid())
+    with pytest.raises(BlockingIOError):
+        files.try_lock(folder / ".lock")
+
+
+def test_without_locks_a_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "fcntl", None)
+    claim_run(tmp_path / "run")
+    claim_run(tmp_path / "run")
+    assert capsys.readouterr().out.count("nothing keeps a second run out of") == 1
+    with write_folder(tmp_path / "made") as append:
+        append("one", b"1")
+    assert (tmp_path / "made" / "one").exists()
+
+
+OURS = json.dumps({"config": {}, "provenance": {}})
+
+
+@pytest.mark.parametrize("content, ours", [
+    ({}, True), ({".lock": "7", "log.txt": ""}, True), ({".config.json.x7.tmp": "{"}, True),
+    ({"config.json": OURS}, True), ({"metrics.jsonl": ""}, True), ({"ckpt.pt": ""}, True),
+    ({"config.json": '{"model_type": "gpt2"}'}, False), ({"config.json": "[1]"}, False),
+    ({"config.json": "{}", "ckpt.pt": ""}, False), ({"config.json": "half"}, False),
+    ({"thesis.tex": ""}, False), ({"thesis.tex": "", ".lock": ""}, False),
+])  # fmt: skip
+def test_what_is_not_a_run_s_is_not_touched(content, ours, tmp_path, capsys):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    before = bytes_of(tmp_path)
+    if ours:
+        claim_run(tmp_path)
+    else:
+        assert "nothing was touched" in error_line(capsys, claim_run, tmp_path)
+        assert bytes_of(tmp_path) == before
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nobody_else_s(other_process, tmp_path):
+    def dies():
+        with contextlib.suppress(ValueError):
+            files.new_unfinished(tmp_path)[0].joinpath("half").write_text("7")
+
+    other_process(dies)
+    [living] = tmp_path.iterdir()
+    for name, age in (("unfinished-dead", 0), ("tmpabcdefgh", 2), ("tmpstillnew", 0)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age * files.DAY,) * 2)
+    with write_folder(tmp_path / "new") as append:
+        append("one", b"1")
+    assert {path.name for path in tmp_path.iterdir()} == {living.name, "tmpstillnew", "new"}

@@ -95,9 +95,13 @@ def test_unknown_key_names_the_nearest_one(capsys):
         capsys, convert, Small, "sise", 3, "in a file")  # fmt: skip
 
 
-@pytest.mark.parametrize("arg", ["--n_layer", "-n_layer=3", "-n", "--", "-", "--bias"])
+@pytest.mark.parametrize("arg", ["--n_layer", "-n_layer=3", "-n", "--", "-", "-bias"])
 def test_options_are_written_with_two_dashes_and_equals(arg, capsys):
     assert f"error: {arg}: options are written --key=value" in error_line(capsys, parsed, arg)
+
+
+def test_a_switch_needs_no_value():
+    assert parsed("--bias", "--stop_grad=false") == ({"bias": True, "stop_grad": False}, [])
 
 
 # --- help -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from generators.word_problems import word_problems
 from plumbing.tokenizers import (
+    LONG_RUN,
     Tokenizer,
     gpt2_tokenizer,
     load_tokenizer,
@@ -165,3 +166,23 @@ def test_a_tiny_corpus_yields_fewer_tokens_and_still_works():
     assert 256 < len(tokenizer.ranks) < 300
     assert tokenizer.vocab_size == 320  # rounded up to a multiple of 64
     assert tokenizer.decode(tokenizer.encode([UNICODE])[0]) == UNICODE
+
+
+# --- blanks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blanks", [" ", "\n", "\t \n", "\u3000"])
+@pytest.mark.parametrize("after", ["x", "7", "?", "é x", "\x1c", "\x1cx", " \x1d", ""])
+def test_long_runs_of_blanks_have_the_tokens_that_tiktoken_gives(blanks, after):
+    """Where it still gives some: with a million blanks before a word it panics."""
+    bpe = gpt2_tokenizer()
+    for more in ("", " ", "\x1c", "\n"):
+        run = blanks * (LONG_RUN // len(blanks) + 1) + more
+        text = f"a{run}{after}b{run}{after}"
+        assert bpe.encode([text])[0] == bpe.bpe.encode_ordinary(text)
+
+
+def test_a_million_blanks_are_tokens_too():
+    text = "a" + " " * 1_000_000 + "x"
+    for tokenizer in (gpt2_tokenizer(), train_tokenizer([text, "some text"], 300)):
+        assert tokenizer.decode(tokenizer.encode([text])[0]) == text

@@ -1,0 +1,3 @@
+# steps_jepa without JEPA: the plain language model on the same seed, data order and code path.
+base = "steps_jepa"
+jepa_weight = 0.0  # switches the spread term off as well
