@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import CHOICES, fail, parse_args
+from config import CHOICES, fail, parse_args, relocated
+from data import questions_in_train, read_questions
 from generate import SHARES, Asking, answer, longest_answer, share_of
 from plumbing.files import append_lines, read_records, set_aside, write_json, write_lines
-from plumbing.jsonl import read_jsonl
 from plumbing.processes import clock, pick_device, run_main, versions
 from plumbing.scoring import refuse_no_number
 from plumbing.stats import mcnemar, wilson
@@ -35,7 +35,7 @@ from views import Pairs, tokenize
 class Args:
     # which questions
     split: str = "test"  # test | val | train
-    file: str = ""  # a .jsonl of pairs instead of the run's own split
+    file: str = ""  # a file of pairs (.jsonl, .csv, ...) instead of the run's own split
     n: int = 0  # the first n of them; 0 is all
     best: bool = False  # the run's best.pt (lowest val_ce) instead of its last checkpoint
     data_dir: str = ""  # folder of the data, if it is no longer where the run found it
@@ -194,7 +194,9 @@ def questions_of(run: Run, args: Args) -> Questions:
     """The rows that args name, tokenized for the run."""
     data = data_of(run, args.data_dir)
     if args.file:
-        rows = read_jsonl(Path(args.file), run.config.bad_lines)
+        rows = read_questions(Path(args.file), run.config)
+        known = questions_in_train(rows, relocated(run.config, args.data_dir))
+        print(f"{known} of {len(rows)} questions of {args.file} are in train")
         pairs, _ = tokenize(rows[:], run.tokenizer, run.config)
         n, digest = len(rows), rows.sha256
     elif args.split not in data.pairs:

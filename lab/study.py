@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import Config, fail, find_recipe, parse_args
-from data import load_data
+from config import OWN_FILES, Config, fail, find_recipe, parse_args
+from data import load_data, read_questions
 from evaluate import Args, evaluate
 from generate import SHARES
 from lab.arms import BASE, RECIPE, STAGES, Stage
 from lab.sweep import Cell, each_once, make_cell, result_of, train_cells
 from plumbing.files import read_records, write_figure, write_json, write_lines
-from plumbing.jsonl import read_jsonl
+from plumbing.jsonl import row_of
 from plumbing.processes import pick_device, run_main
 from plumbing.stats import mean_sd, paired_t, plus_minus
 from run import load_run
@@ -41,7 +41,6 @@ USAGE = "\n".join([
     *(f"  {name:<12}{stage.summary}" for name, stage in STAGES.items()),
 ])  # fmt: skip
 N_ASKED = 2000  # of a file, at most
-ROLES = {"system": "system", "user": "text", "assistant": "code"}
 CURVES = ("val_exact", "val_prefix", "val_stopped", "val_ce", "flops")
 PANEL = ("val_matched", "val_mismatched", "val_retrieval_at_1", "val_effective_rank")
 
@@ -97,16 +96,16 @@ def parse(argv: list[str]) -> Plan:
     choosing = {key: given.pop(key) for key in ("samples", "judge") if key in given}
     if jobs < 1:
         fail(f"jobs={jobs} must be at least 1")
-    args = Args(score="regex", **choosing)
+    args = Args(score=given.get("score", "regex"), **choosing)
     if args.samples and not asked:
         fail(f"samples={args.samples} answers to what? --ask=val, test or a file of pairs")
-    dataset = given.get("dataset", "")
-    if asked == "test" and dataset.endswith(".jsonl"):
-        fail(f"ask=test: {dataset} has no test split; --ask=questions.jsonl asks a file")
+    config = Config(**{**BASE, **given})
+    if asked == "test" and config.dataset.endswith(OWN_FILES):
+        fail(f"ask=test: {config.dataset} has no test split; --ask=questions.jsonl asks a file")
     if asked in ("val", "test"):
         args = replace(args, split=asked)
     elif asked:
-        read_jsonl(Path(asked), given.get("bad_lines", "error"))
+        read_questions(Path(asked), config)
     for key, value in given.items():
         if key in ("seed", "init_from") or any(key in fields for fields in stage.arms.values()):
             fail(f"{key}={value}: {name} sets {key} itself, arm by arm or seed by seed")
@@ -282,9 +281,9 @@ def ask(plan: Plan, runs: dict[str, list[Cell]], reference: str) -> list[str]:
 
 def new_questions(path: Path, config: Config) -> list[dict]:
     """The first pairs of a file of which neither question nor answer is in train or validation, as
-    messages. Both are compared as they are trained on: of an answer the number alone, perhaps."""
+    rows. Both are compared as they are trained on: of an answer the number alone, perhaps."""
     data = load_data(config)  # all arms have the same rows
-    decode, rows = data.tokenizer.decode, read_jsonl(path, config.bad_lines)[:]
+    decode, rows = data.tokenizer.decode, read_questions(path, config)[:]
     asked = Pairs(*columns_of(rows, data.tokenizer, config), config, data.tokenizer.vocab_size)
 
     def all_of(part: Callable[[Pairs, int], list[int]], *splits: Pairs) -> list[str]:
@@ -301,11 +300,7 @@ def new_questions(path: Path, config: Config) -> list[dict]:
              "--file=... asks all of it")
     print(f"{len(new)} of the {len(rows)} pairs of {path} are new: neither question nor answer is "
           f"in train or validation; the first {min(len(new), N_ASKED)} are asked")
-    return [
-        {"messages": [{"role": role, "content": row[key]}
-                      for role, key in ROLES.items() if row[key]]}
-        for row in new[:N_ASKED]
-    ]  # fmt: skip
+    return [row_of(pair, config.fields) for pair in new[:N_ASKED]]
 
 
 if __name__ == "__main__":

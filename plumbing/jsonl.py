@@ -64,7 +64,8 @@ def as_pair(row: dict, form: Form = PLAIN) -> dict[str, str]:
     if not isinstance(row, dict):
         raise NoPair("no JSON object with named fields")
     texts, codes = places(tuple(row), form.fields)
-    system = text_of(row["system"], "system") if "system" in row else ""
+    alone = "system" in row and "system" not in (*texts, *codes)
+    system = text_of(row["system"], "system") if alone else ""
     if texts is MESSAGES:
         systems, text, code = of_messages(row["messages"])
         system = "\n".join(filter(None, (system, *systems)))
@@ -86,6 +87,19 @@ def as_pair(row: dict, form: Form = PLAIN) -> dict[str, str]:
     return pair
 
 
+def row_of(pair: dict[str, str], fields: str) -> dict[str, str]:
+    """A row that as_pair, with these fields, makes the pair of again."""
+    texts, codes = names_of(fields or "text:code")
+    row = dict.fromkeys((*texts, *codes), "")
+    row |= {texts[0]: pair["text"], codes[0]: pair["code"]}
+    return row | ({"system": pair["system"]} if pair["system"] else {})
+
+
+def names_of(fields: str) -> list[tuple[str, ...]]:
+    """The names in QUESTION+QUESTION:ANSWER+ANSWER, of the text and of the code."""
+    return [tuple(names.split("+")) for names in fields.split(":")]
+
+
 ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
@@ -93,7 +107,7 @@ ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 def places(keys: tuple[str, ...], fields: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Which of a row's fields are its text and which its code; MESSAGES are both."""
     if fields:
-        texts, codes = (tuple(names.split("+")) for names in fields.split(":"))
+        texts, codes = names_of(fields)
         missing = [name for name in (*texts, *codes) if name not in keys]
         if missing:
             raise NoPair(f"no field {missing[0]}, which fields={fields} names; it has "

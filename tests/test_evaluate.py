@@ -218,6 +218,25 @@ def test_a_file_called_as_a_split_is_another_set_of_questions(trained, capsys):
     assert "moved the answers of another evaluation" in capsys.readouterr().out
 
 
+def test_a_file_is_read_as_the_runs_own_and_held_against_train(tmp_path, monkeypatch, capsys):
+    """By the run's fields, without its groups; a table too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda folder: None)
+    Path("own").mkdir()
+    for name, rows in (("train", sums(100)), ("val", sums(20, 500))):
+        lines = [json.dumps({"q": row["question"], "a": row["answer"], "who": i // 2}) + "\n"
+                 for i, row in enumerate(rows)]  # fmt: skip
+        Path("own", f"{name}.jsonl").write_text("".join(lines))
+    train.main([*TINY, "--dataset=own", "--fields=q:a", "--group=who", "--out_dir=out/own"])
+    trained, asked = {row["question"] for row in sums(100)}, sums(4) + sums(6, 900)
+    n = sum(row["question"] in trained for row in asked)
+    lines = [f'"{row["question"].upper()}","{row["answer"]}"\n' for row in asked]
+    Path("asked.csv").write_text("q,a\n" + "".join(lines))
+    capsys.readouterr()
+    run("out/own", "--file=asked.csv")
+    assert n < 10 and f"{n} of 10 questions of asked.csv are in train" in capsys.readouterr().out
+
+
 def test_runs_are_compared_on_the_same_rows(trained, tiny_run, capsys):
     tiny_run(out_dir="out/other", seed=2)
     capsys.readouterr()

@@ -8,9 +8,10 @@ import pytest
 from conftest import error_line, sums
 
 from config import Config
-from data import load_data
+from data import load_data, read_questions
 from lab import study
 from lab.arms import BASE, STAGES, Stage
+from plumbing.files import write_lines
 from plumbing.stats import paired_t
 from views import CODE
 
@@ -85,9 +86,9 @@ def test_a_stage_runs_to_its_tables_and_picks_up_where_it_was(tmp_path, monkeypa
     known = {data.tokenizer.decode(pairs.view(example, CODE))
              for pairs in (data.pairs["train"], data.pairs["val"])
              for example in range(len(pairs))}  # fmt: skip
-    asked = {row["messages"][-1]["content"] for row in new}
+    asked = {row["code"] for row in new}
     assert 9 <= len(new) < 129 - 64 - 12 and not known & asked
-    assert [message["role"] for message in new[0]["messages"]] == ["user", "assistant"]
+    assert set(new[0]) == {"text", "code"}
 
     path = folder / "cosine_lambda_1-0" / "config.json"
     made = json.loads(path.read_text())
@@ -112,6 +113,18 @@ def test_a_stage_runs_to_its_tables_and_picks_up_where_it_was(tmp_path, monkeypa
     assert said.count("| λ 0 |") == 2 and "| cosine λ 1 |" not in said
 
 
+def test_new_questions_are_read_back_by_the_fields_they_had(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, numbers in (("known.csv", range(60)), ("more.csv", range(50, 70))):
+        lines = [f"double,{i},{2 * i}\n" for i in numbers]
+        Path(name).write_text("task,input,output\n" + "".join(lines))
+    config = Config(dataset="known.csv", tokenizer="bpe", bpe_vocab_size=320,
+                    fields="task+input:output")  # fmt: skip
+    write_lines(Path("new.jsonl"), study.new_questions(Path("more.csv"), config))
+    assert [pair["text"] for pair in read_questions(Path("new.jsonl"), config)] == [
+        f"double\n{i}" for i in range(60, 70)]  # fmt: skip
+
+
 @pytest.mark.parametrize("options", [{}, {"answer_view": "final"}, {"views": "steps_random"}])
 def test_training_rows_are_no_new_questions(options, tmp_path, monkeypatch, capsys):
     """Whatever is trained on of their answers."""
@@ -127,8 +140,7 @@ def test_training_rows_are_no_new_questions(options, tmp_path, monkeypatch, caps
     write("more.jsonl", rows(*range(50, 70)))
     config = Config(dataset="known.jsonl", tokenizer="bpe", bpe_vocab_size=320, **options)
     new = study.new_questions(Path("more.jsonl"), config)
-    assert [row["messages"][0]["content"] for row in new] == [
-        f"What is {i} and {i}?" for i in range(60, 70)]  # fmt: skip
+    assert [row["text"] for row in new] == [f"What is {i} and {i}?" for i in range(60, 70)]
     assert "10 of the 20 pairs of more.jsonl are new" in capsys.readouterr().out
     assert "nothing in it is new" in error_line(
         capsys, study.new_questions, Path("known.jsonl"), config)  # fmt: skip
@@ -164,5 +176,7 @@ def test_mistakes_are_one_line(capsys):
     for wrong in ("ask=nowhere.jsonl", "ask=train", "ask=test"):  # before anything is trained
         args = ["coarse", f"--{wrong}", "--dataset=pairs.jsonl"]
         assert wrong[4:8] in error_line(capsys, study.main, args)
+    assert "no test split" in error_line(
+        capsys, study.main, ["coarse", "--ask=test", "--dataset=pairs.csv"])  # fmt: skip
     assert "--ask=val" in error_line(capsys, study.main, ["coarse", "--samples=2"])
     assert "samples=0" in error_line(capsys, study.main, ["coarse", "--ask=val", "--judge=2"])
