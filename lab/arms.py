@@ -118,6 +118,7 @@ CONVERGED = {
 
 MAIN = {arm: COARSE[arm] for arm in ("λ 0", "cosine λ .3, cross", "InfoNCE λ .05")}
 TWO = {arm: COARSE[arm] for arm in ("λ 0", "InfoNCE λ .05")}
+RATES = {arm: COARSE[arm] for arm in ("InfoNCE λ .05", "λ 0", "λ 0, lr 2e-3")}
 
 # longer and dropout take other seeds than the stages that their settings were chosen by.
 STAGES = {
@@ -125,6 +126,7 @@ STAGES = {
     "families": Stage("the best of each family, five seeds", range(5), FAMILIES),
     "main": Stage("three arms, five seeds", range(5), MAIN),
     "two": Stage("two of those, for other data", range(5), TWO),
+    "rates": Stage("JEPA beside λ 0 at its own learning rate too, five seeds", range(5), RATES),
     "longer": Stage("at equal compute, with and without dropout", range(5, 10), LONGER),
     "dropout": Stage("the same with the best dropout of each arm", range(5, 10), DROPOUT),
     "converged": Stage("at equal compute until it levels off, for all rows of a file", range(3),
