@@ -212,8 +212,9 @@ def score(output: str, target: str, scoring: str) -> dict[str, bool]:
     if scoring in ("number", "final"):
         value = final_number(with_mark(target, scoring))
         right = value is not None and final_number(with_mark(output, scoring)) == value
-        held = right or holds_number(output, with_mark(target, scoring))
-        scores |= {"exact": right, "contains": scores["contains"] or held}
+        scores["exact"] = right
+        if value is not None:  # 72 stands in 172 as a text alone
+            scores["contains"] = right or holds_number(output, with_mark(target, scoring))
     if scoring == "regex":
         scores["equivalent"] = scores["exact"] or bool(equivalent(output, target))
     return scores

@@ -47,15 +47,16 @@ def final_number(text: str) -> Fraction | None:
 
 
 def holds_number(text: str, of: str) -> bool:
-    """Does the number that `of` ends in stand somewhere in `text`, commas aside? Not as a part of a
-    longer one: 72 is not in 172."""
+    """Does the number that `of` ends in stand somewhere in `text`, commas aside? Not as a part of
+    another one: 72 is not in 172, nor 5 in -5, 1/5, 7,5, 5:30 or 5e3."""
     found = number_after_mark(of)
     if not found:
         return False
     minus = "-" if "-" in (found["sign"], found["late_sign"]) else ""
     number = re.escape(minus + found["digits"].replace(",", ""))
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text.replace("−", "-"))
-    return bool(re.search(rf"(?<![\d.]){number}(?![\d/]|\.\d)", text))
+    before = r"(?<![\d.])(?<!\d[,:/])(?<!(?<![\w)])-)"
+    return bool(re.search(rf"{before}{number}(?![\d/]|[.,:]\d|[eE][+-]?\d)", text))
 
 
 def with_mark(text: str, scoring: str) -> str:

@@ -58,10 +58,16 @@ def test_numbers_are_compared_exactly():
     ("1234 of them", "#### 1,234", True), ("1,234.", "#### $1234", True), ("5", "#### -5", False),
     ("3 - 8 = \u22125", "#### - 5", True), ("3/4", "#### 3", False), ("", "#### 3", False),
     ("#### 0.50", "#### .5", True),  # the same number
-    ("5+3=8\n#### 9", "5+3=8\n#### 8", True),
+    ("5+3=8\n#### 9", "5+3=8\n#### 8", True), ("#### 720", "#### 72", False),
+    ("it is -5", "#### 5", False), ("10-5", "#### 5", True), ("(1)-5", "#### 5", True),
+    ("1/5", "#### 5", False), ("7,5", "#### 5", False), ("at 5:30", "#### 5", False),
+    ("5e3", "#### 5", False), ("7, 5, 6", "#### 5", True), ("5.", "#### 5", True),
+    ("none", "no #### none", False), ("no #### none", "#### none", True),  # of no number the text
 ])  # fmt: skip
 def test_a_number_stands_somewhere_in_an_answer(output, target, contains):
     assert score(output, target, "number")["contains"] is contains
+    if target.startswith("#### "):
+        assert score(output, target[5:], "final")["contains"] is contains
 
 
 @pytest.mark.parametrize("output, target, kind, exact, prefix", [
