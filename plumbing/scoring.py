@@ -5,7 +5,8 @@
     scoring_of(config, texts)  number | final | string | regex, decided on answers of train
 
 A number: 5, +5, -5, − 5, 1,234.50, .5, 3/4, 1e3, $5, 5 €, -$7, \\boxed{5}, $5$; after it, on its
-line, only a unit (apples, %, °C, km/h) or a closing period. 5 * 3, 10:45 and 7,2 are none.
+line, only a unit (apples, %, °C, km/h) or a closing period. 5 * 3, 10:45 and 7,2 are none, nor are
+5 million and 5 pm, which are other numbers than 5.
 """
 
 import re
@@ -16,10 +17,12 @@ from config import Config, fail
 
 CURRENCY = "[$£¥¢\u20a0-\u20cf]"
 DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)"  # commas stand between thousands only
+NO_UNIT = r"(?:(?:dozen|hundred|thousand|(?:m|b|tr)illion)s?|k|mio|bn|[ap]\.?m)\b"
 WORD = r"[^\W\d_¹²³¼½¾][^\W\d_]*"  # ² goes on with a unit, and begins none
 NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\s*{CURRENCY}?\s*(?P<late_sign>[+-]?)\s*"
     rf"(?P<digits>{DIGITS}/{DIGITS}|(?:{DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][+\-]?\d{{1,3}})?)"
+    rf"(?!\s*(?i:{NO_UNIT}))"
     rf"\s*(?:(?:[%‰°]|{CURRENCY})/?)?\s*(?:{WORD}(?:(?:\.? |['’/·-]){WORD})*)?\s*\.?\s*"
 )
 
