@@ -22,7 +22,12 @@ def read_table(path: Path) -> list[dict]:
     try:
         if path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8-sig") as file:
-                names = next(csv.reader(file), [])
+                lines = csv.reader(file)
+                names, first = next(lines, []), next(filter(None, lines), [])
+            # pandas would take the first cells for a name of the row, and shift all others.
+            if len(first) > len(names) or len(set(names)) < len(names):
+                fail(f"cannot read {path}: its first line must name each column once: it has "
+                     f"{', '.join(names)}, and the row below has {len(first)} cells")
             features = datasets.Features({name: datasets.Value("string") for name in names})
             options = {"features": features, "keep_default_na": False}
         rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train",

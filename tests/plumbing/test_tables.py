@@ -36,6 +36,9 @@ def test_a_parquet_file_has_its_types(tmp_path):
     ("a.csv", b"q,a\n1,2\n", ", row 1: the fields q, a are no known pair"),
     ("a.csv", "question,answer\né,a\n".encode("latin-1"), "not UTF-8"),
     ("a.csv", b"question,answer\nq,a,b,c\nq,a,b,c,d\n", "cannot read"),
+    ("a.csv", b"question,answer\nq,a,b\n", "question, answer, and the row below has 3 cells"),
+    ("a.csv", b"question,answer\n\nq,a,\n", "the row below has 3 cells"),
+    ("a.csv", b"question,answer,answer\nq,a,b\n", "name each column once"),
     ("a.csv", b"", "cannot read"), ("a.parquet", b"nonsense", "cannot read"),
     ("none.csv", None, "cannot read"), ("none.parquet", None, "cannot read"),
 ])  # fmt: skip
