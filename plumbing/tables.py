@@ -22,6 +22,7 @@ def read_table(path: Path) -> list[dict]:
     try:
         if path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8-sig") as file:
+                csv.field_size_limit(2**31 - 1)  # of 131,072 characters
                 lines = csv.reader(file)
                 names, first = next(lines, []), next(filter(None, lines), [])
             # pandas would take the first cells for a name of the row, and shift all others.

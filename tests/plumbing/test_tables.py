@@ -17,6 +17,11 @@ def test_all_of_a_csv_is_text(tmp_path):
                                 {"question": "NA", "answer": "1.50", "id": "2"}]  # fmt: skip
 
 
+def test_a_cell_may_be_long(tmp_path):
+    (tmp_path / "long.csv").write_text(f"question,answer\nq,{'long ' * 50_000}\n")
+    assert len(read_table(tmp_path / "long.csv")[0]["answer"]) == 250_000
+
+
 def test_a_parquet_file_has_its_types(tmp_path):
     import pyarrow
     import pyarrow.parquet
