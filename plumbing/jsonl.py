@@ -26,6 +26,7 @@ from views import code_view
 KNOWN = (("question", "answer"), ("text", "code"), ("prompt", "completion"))
 BEFORE = ("context", "input")  # fields that stand before a question or a prompt
 MESSAGES = ("messages",)
+CALLS = ("tool_calls", "function_call")  # of a message, in today's form and the one before
 # json.dumps makes this one anew for every row, which takes as long as what it is made for.
 ENCODE = c_make_encoder(None, json.JSONEncoder().default, encode_basestring_ascii, None, ": ",
                         ", ", False, False, True)  # fmt: skip
@@ -75,7 +76,10 @@ def as_pair(row: dict, form: Form = PLAIN) -> dict[str, str]:
         raise NoPair(f"the {'answer' if text.strip() else 'question'} is empty")
     for value in (text, code, system):
         if not value.isascii():
-            value.encode()  # half a surrogate pair is no text
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise NoPair("a text holds half a character, a lone surrogate") from None
     if form.answer_view == "final" and not code_view(code, "final"):
         raise NoPair("answer_view=final, and nothing follows the answer's last ####")
     pair = {"text": text, "code": code, "system": system}
@@ -145,8 +149,8 @@ def text_of(value: str | list | None, name: str) -> str:
         raise NoPair(f"{name} is {value!r:.40}, which is no text")
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else repr(part)
-            raise NoPair(f"{name} has a part of type {kind!s:.40}, which is no text")
+            has = f"the fields {', '.join(part)}" if isinstance(part, dict) else repr(part)
+            raise NoPair(f"{name} has a part with {has:.60}, which is no text part")
     return "\n".join(part["text"] for part in value)
 
 
@@ -155,11 +159,17 @@ def of_messages(messages: list[dict]) -> tuple[list[str], str, str]:
     system or the developer are kept apart; all others (several turns, perhaps) are the text, where
     who is neither user nor assistant is named before what they say."""
     systems, turns = [], []
+    if not isinstance(messages, list):
+        raise NoPair(f"messages is {messages!r:.40} and no list of role and content")
     for message in messages:
-        role, content = message["role"], text_of(message["content"], f"{message['role']}'s content")
-        if message.get("tool_calls") or message["content"] is None:
+        if not isinstance(message, dict) or not isinstance(role := message.get("role"), str):
+            has = f"the fields {', '.join(message)}" if isinstance(message, dict) else "none"
+            raise NoPair(f"a message must have a role and a content; it has {has}")
+        content = message.get("content")
+        if content is None or any(message.get(call) for call in CALLS):
             raise NoPair(f"a message of the {role} calls a tool or has no content; write the call "
                          "into its content, or leave the message out")
+        content = text_of(content, f"{role}'s content")
         if role in ("system", "developer"):
             systems.append(content)
         else:

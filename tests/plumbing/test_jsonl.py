@@ -131,6 +131,16 @@ def test_a_file_in_another_encoding_is_named(tmp_path, capsys):
     ('{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", '
      '"tool_calls": [{"id": 1}]}, {"role": "assistant", "content": "a"}]}', "calls a tool"),
     ('{"question": "q", "answer": 5}', "answer is 5, which is no text"),
+    ('{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "function_call": {}}]}',
+     "calls a tool"),
+    ('{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", '
+     '"function_call": {"name": "f"}}, {"role": "assistant", "content": "a"}]}', "calls a tool"),
+    ('{"messages": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}',
+     "must have a role and a content; it has the fields from, value"),
+    ('{"messages": "[{}]"}', "messages is '[{}]' and no list"), ('{"messages": null}', "no list"),
+    ('{"prompt": [{"role": "user", "content": "q"}], "completion": "a"}',
+     "prompt has a part with the fields role, content"),
+    ('{"question": "q", "answer": "\\ud83d"}', "half a character"),
 ])  # fmt: skip
 def test_what_is_refused_is_named_with_the_reason(text, said, tmp_path, capsys):
     path = tmp_path / "train.jsonl"
