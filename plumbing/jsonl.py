@@ -26,6 +26,7 @@ from views import code_view
 KNOWN = (("question", "answer"), ("text", "code"), ("prompt", "completion"))
 BEFORE = ("context", "input")  # fields that stand before a question or a prompt
 MESSAGES = ("messages",)
+NOTHING = (None, "", [], {})
 CALLS = ("tool_calls", "function_call")  # of a message, in today's form and the one before
 # json.dumps makes this one anew for every row, which takes as long as what it is made for.
 ENCODE = c_make_encoder(None, json.JSONEncoder().default, encode_basestring_ascii, None, ": ",
@@ -86,8 +87,8 @@ def as_pair(row: dict, form: Form = PLAIN) -> dict[str, str]:
     if form.group:
         if form.group not in row:
             raise NoPair(f"no field {form.group}, which group names; it has {', '.join(row)}")
-        # Rows without a value are no group.
-        pair["group"] = "" if row[form.group] is None else repr(row[form.group])
+        # Rows without a value, which is an empty text in a CSV, are no group.
+        pair["group"] = "" if row[form.group] in NOTHING else repr(row[form.group])
     return pair
 
 
@@ -193,11 +194,15 @@ class Found:
         self.systems: set[str] = set()
         self.n_bad, self.first_bad = 0, ""
         self.shapes: Counter[tuple[str, ...]] = Counter()
+        self.aside: Counter[str] = Counter()  # fields of messages that nobody reads
 
     def add(self, row: dict) -> dict[str, str]:
         """The row as a pair, now counted. Raises what as_pair does."""
         pair = as_pair(row, self.form)
         self.shapes[tuple(row)] += 1
+        if places(tuple(row), self.form.fields)[0] is MESSAGES:
+            self.aside.update(key for message in row["messages"] for key in message
+                              if key not in ("role", "content") and message[key] not in NOTHING)
         question = question_key(pair["text"])
         self.questions.append(question)
         if self.form.group:
@@ -225,10 +230,11 @@ class Found:
         for keys, count in self.shapes.items():
             used = {*sum(places(keys, self.form.fields), ()), "system", self.form.group}
             unused.update({key: count for key in keys if key not in used})
-        fields = ", ".join(f"{key} ({count} rows)" for key, count in unused.most_common(10))
-        more = f" and {len(unused) - 10} more" if len(unused) > 10 else ""
+        told = [*(f"{key} ({count} rows)" for key, count in unused.most_common()),
+                *(f"{key} ({count} messages)" for key, count in self.aside.most_common())]
+        more = f" and {len(told) - 10} more" if len(told) > 10 else ""
         return [*[f"left out {self.n_bad} bad lines, kept {n}"] * bool(self.n_bad),
-                *[f"unused fields: {fields}{more}"] * bool(unused)]  # fmt: skip
+                *[f"unused fields: {', '.join(told[:10])}{more}"] * bool(told)]  # fmt: skip
 
 
 def question_key(text: str) -> int:

@@ -169,6 +169,25 @@ def test_fields_that_nobody_reads_are_named(tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}: unused fields: id (3 rows), url (1 rows)\n"
 
 
+def test_so_are_those_of_messages(tmp_path, capsys):
+    row = chat(("user", "u"), ("assistant", "a"))
+    row["messages"][0] |= {"name": "Eve", "tool_calls": [], "refusal": None}
+    row["messages"][1] |= {"reasoning_content": "Why?", "weight": 0}
+    path = write(tmp_path / "train.jsonl", [row, {**row, "id": 1}, ROW])
+    read_jsonl(tmp_path / "train.jsonl", "error")
+    assert capsys.readouterr().out == (
+        f"{path}: unused fields: id (1 rows), name (2 messages), reasoning_content (2 messages), "
+        "weight (2 messages)\n")  # fmt: skip
+
+
+def test_rows_without_a_value_are_no_group(tmp_path):
+    rows = [{**ROW, "question": f"q{i}", "of": of} for i, of in enumerate(("", None, "", "a", "a"))]
+    write(tmp_path / "train.jsonl", rows)
+    read = read_jsonl(tmp_path / "train.jsonl", "error", Form(group="of"))
+    assert [pair["group"] for pair in read] == ["", "", "", "'a'", "'a'"]
+    assert len(set(groups_of(read).tolist())) == 4
+
+
 def test_a_final_answer_that_is_empty_is_a_bad_line(tmp_path, capsys):
     path, final = tmp_path / "train.jsonl", Form(answer_view="final")
     write(path, [{"question": "q", "answer": "1\n#### 1"}, {"question": "r", "answer": "?\n####"}])
