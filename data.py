@@ -21,6 +21,7 @@ from generators.relations import facts_of, relation_rows
 from generators.word_problems import word_problem_rows
 from plumbing import columns as token_columns
 from plumbing.jsonl import (
+    SYSTEMS,
     JsonLines,
     Listed,
     form_of,
@@ -338,10 +339,15 @@ def split_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], dic
     if of_pairs:
         provenance |= made | in_train(rows, given, config)
         systems = rows["train"].found.systems
-        if any(systems) and config.system_prompt == "keep":
+        no_place = [f"{key}={value}" for key, value in (("layout", "isolated"), ("views", "split"))
+                    if getattr(config, key) == value]  # fmt: skip
+        if any(systems) and config.system_prompt == "keep" and no_place:
+            notes.append(f"system prompts are left out: {no_place[0]} has no place for them")
+            print(notes[-1])
+        elif any(systems) and config.system_prompt == "keep":
             # What a question asked later begins with; of several, whoever asks names one.
-            one = {"system": next(iter(systems))}
-            provenance |= one if len(systems) == 1 else {"systems": len(systems)}
+            one, more = {"system": next(iter(systems))}, " or more" * (len(systems) == SYSTEMS)
+            provenance |= one if len(systems) == 1 else {"systems": f"{len(systems)}{more}"}
     return rows, provenance | ({"notes": notes} if notes else {})
 
 

@@ -589,9 +589,23 @@ def test_all_rows_are_looked_at_for_their_system_prompt(bpe, capsys):
     rows = [{**row, "system": "Add."} for row in unlike(1300)]
     assert split(rows)[2]["system"] == "Add."
     _, _, p = split([*rows[:-1], {**rows[-1], "system": "Take."}])
-    assert "system" not in p and p["systems"] == 2
+    assert "system" not in p and p["systems"] == "2"
     load_data(Config(dataset="rows.jsonl", tokenizer="bpe"), bpe)
     assert "system prompts: 2 different ones in train;" in capsys.readouterr().out
+    p = split([{**row, "system": f"s{i}"} for i, row in enumerate(unlike(1300))])[2]
+    assert p["systems"] == "1000 or more"
+
+
+def test_system_prompts_without_a_place_are_said_to_be_left_out(bpe, capsys):
+    write_jsonl(Path("rows.jsonl"), [{**row, "system": "Add."} for row in unlike(60)])
+    for option, times in (({"layout": "isolated"}, 2), ({"views": "split"}, 1)):
+        [(key, value)] = option.items()
+        for _ in range(times):  # the second time from tokens that are kept
+            config = Config(dataset="rows.jsonl", tokenizer="bpe", block_size=64, batch_size=4)
+            found = load_data(replace(config, **option), bpe)
+            said = f"system prompts are left out: {key}={value} has no place for them\n"
+            assert capsys.readouterr().out.count(said) == 1
+            assert "system" not in found.provenance and "systems" not in found.provenance
 
 
 def test_an_answer_that_is_empty_as_final_is_none_in_memory_too(monkeypatch, bpe, capsys):
