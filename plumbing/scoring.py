@@ -80,9 +80,10 @@ def scoring_of(config: Config, answers: list[str]) -> dict[str, str]:
     else:
         n = sum(final_number(with_mark(text, numeric)) is not None for text in answers)
         scoring = numeric if n == len(answers) else "string"
-        by = f"a number ends {n} of {len(answers)} answers of train"
-    if scoring in ("number", "final"):
-        refuse_no_number(scoring, answers, "train")
+        holds = "a number follows the #### of" if numeric == "number" else "a number is all of"
+        by = f"{holds} {n} of {len(answers)} answers of train"
+    if scoring in ("number", "final") and (n := refuse_no_number(scoring, answers, "train")):
+        by += f"; {n} of {len(answers)} answers of train hold none, and are never right"
     return {"scoring": scoring, "scoring_by": by}
 
 

@@ -357,7 +357,7 @@ def test_scoring_is_the_checkpoints(trained, monkeypatch):
     """Decided once, by train; what would be decided today does not count."""
     about = torch.load(trained / "ckpt.pt")["provenance"]["data"]
     assert about["scoring"] == "number"
-    assert about["scoring_by"] == "a number ends 100 of 100 answers of train"
+    assert about["scoring_by"] == "a number follows the #### of 100 of 100 answers of train"
     monkeypatch.setattr(data, "scoring_of", lambda *args: {"scoring": "string", "scoring_by": ""})
     for given, scoring in (((), "number"), (("--score=string",), "string")):
         run("--n=2", *given)
