@@ -63,6 +63,8 @@ def load_rows(config: Config) -> tuple[dict[str, Sequence[dict[str, str]]], str,
         return gsm8k_rows(config)
     if Path(name).is_dir():
         fail(f"dataset={name} holds no train.jsonl, nor train{', train'.join(OWN_FILES[1:-1])}")
+    if Path(name).is_file():
+        fail(f"dataset={name} is a file of no kind that is read: {', '.join(OWN_FILES)}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[^:]*){0,2}", name):
         fail(f"dataset={name} is not gsm8k, {', '.join(GENERATORS)}, the path of a file "
              f"({', '.join(OWN_FILES)}) or of a folder with train.jsonl, or owner/name on the hub")
@@ -181,6 +183,16 @@ def files_of(config: Config) -> dict[str, Path]:
     return files if "train" in files else {}
 
 
+def unused_files(config: Config) -> list[str]:
+    """Files of a folder with splits that could hold pairs too, and of which none is a split."""
+    files = files_of(config)
+    if not files or Path(config.dataset) == files["train"]:
+        return []
+    kinds = tuple(ending for ending in OWN_FILES if ending not in (".json", ".txt"))
+    return sorted(path.name for path in files["train"].parent.iterdir()
+                  if path.name.endswith(kinds) and path not in files.values())  # fmt: skip
+
+
 def jsonl_files(config: Config) -> dict[str, Path]:
     """As files_of, where all are JSON Lines: the tokens of those are kept."""
     files = files_of(config)
@@ -269,6 +281,8 @@ def report(
     if config.dataset == "gsm8k" and provenance["dataset"] not in ("gsm8k", "word_problems"):
         print(f"not GSM8K: {provenance['source']} holds other rows, so the results are those of "
               f"{provenance['dataset']}")
+    if unused := unused_files(config):
+        print(f"files not used: {', '.join(unused)}")
     report_repeated(config, provenance)
     if provenance["dataset"] == "word_problems":
         print("validation and test hold out whole kinds of problems: their loss stands far above "

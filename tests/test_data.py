@@ -668,6 +668,23 @@ def test_a_folder_with_its_splits_is_a_data_set(ending, bpe, connections, capsys
     assert "holds no train.jsonl" in error_line(capsys, load_rows, Config(dataset="mine"))
 
 
+def test_files_of_a_folder_that_are_no_split_are_named(bpe, capsys):
+    for name in ("train.jsonl", "dev.jsonl", "test.jsonl", "val.csv", "train.csv"):
+        write_jsonl(Path("mine") / name, unlike(40))
+    Path("mine/val.csv").write_text("question,answer\n" + "".join(f"q{i},a\n" for i in range(9)))
+    config = Config(dataset="mine", tokenizer="bpe")
+    for one, said in ((config, True), (replace(config, dataset="mine/dev.jsonl"), False)):
+        load_data(one, bpe)
+        assert ("files not used: dev.jsonl, train.csv\n" in capsys.readouterr().out) is said
+        assert said or "not used" not in capsys.readouterr().out
+
+
+def test_a_file_of_another_kind_is_no_data_set_of_the_hub(connections, capsys):
+    write_jsonl(Path("mine/rows.tsv"), unlike(40))
+    line = error_line(capsys, load_rows, Config(dataset="mine/rows.tsv"))
+    assert "a file of no kind that is read: .jsonl, " in line and connections == []
+
+
 def test_a_data_set_on_the_hub(hub, monkeypatch, capsys):
     import datasets
 
@@ -766,6 +783,18 @@ def test_the_field_decides_over_tokens_that_are_kept(bpe, capsys):
     config = replace(config, dataset="dates.jsonl", score="number")
     line = error_line(capsys, load_data, config, bpe)
     assert "score=number" in line and "none of 54 answers of train" in line
+    write_jsonl(Path("half.jsonl"), [*DATES[:30], *sums(30)])
+    load_data(replace(config, dataset="half.jsonl"), bpe)
+    assert "of 54 answers of train hold none, and are never right" in capsys.readouterr().out
+
+
+def test_what_decided_the_scoring_is_told_as_it_is(bpe, capsys):
+    write_jsonl(Path("plain.jsonl"), unlike(60))  # whose answers are numbers, without a ####
+    config = Config(dataset="plain.jsonl", tokenizer="bpe", batch_size=4)
+    load_data(config, bpe)
+    assert "as string: a number follows the #### of 0 of 54 answers" in capsys.readouterr().out
+    load_data(replace(config, answer_view="final"), bpe)
+    assert "as final: a number is all of 54 of 54 answers of train" in capsys.readouterr().out
 
 
 def test_the_generators_are_scored_as_ever(monkeypatch, bpe):
