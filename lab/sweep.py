@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import Config, check, fail, find_recipe, read_recipe, what
-from data import jsonl_files, load_rows
+from data import files_of, split_rows
 from plumbing.columns import FIELDS
 from plumbing.files import (
     claim,
@@ -43,7 +43,6 @@ from plumbing.files import (
     write_figure,
     write_text,
 )
-from plumbing.jsonl import sha256_of_rows
 from plumbing.options import convert, help_text
 from plumbing.output import stops
 from plumbing.processes import ROOT, clock, run_main
@@ -63,6 +62,9 @@ PANELS = (  # of heat.png: title, figure of a result, a colour map in which brig
 # Fields that rows may depend on, the tokens' own left out.
 DATA = ("data_dir", *(key for key in FIELDS if key not in (
     "tokenizer", "bpe_vocab_size", "labels", "views", "layout", "train_rows")))  # fmt: skip
+
+# Of provenance: which rows are trained on, and which held out of them.
+SPLIT = ("train_sha256", "val_sha256", "kept_together", "kept_together_rows")
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,8 @@ def train_cells(cells: list[Cell], jobs: int) -> int:
         else:
             waiting.append((name, cell))
             if earlier_provenance(cell, of_any_data=True) and not earlier_provenance(cell):
-                print(f"{name} | was trained on other data than there is now: trained anew, the "
-                      "old run moves to earlier/", flush=True)
+                print(f"{name} | was trained on other data than there is now, or another split of "
+                      "it: trained anew, the old run moves to earlier/", flush=True)
     with noting_signals() as signals:
         n_failed = train_waiting(waiting, min(jobs, len(waiting)), signals)
     if signals:
@@ -292,24 +294,23 @@ def earlier_provenance(cell: Cell, of_any_data: bool = False) -> dict[str, Any] 
 
 
 def same_data(cell: Cell, made: dict[str, Any]) -> bool:
-    """Was a run (its config.json) trained on what the cell's config loads now? For files the
-    digests of their rows tell; generators are a part of the code, and the hub is not asked."""
+    """Was a run (its config.json) trained on what the cell's config loads now, and on the same part
+    of it? For files the digests of their rows tell, and how many were kept on one side of the
+    split; generators are a part of the code, and the hub is not asked."""
     was, now = made["provenance"]["data"], digests_of(*(getattr(cell.config, k) for k in DATA))
     if not now:
         return made["config"].get("data_dir", "") == cell.config.data_dir
-    return all(was.get(key, digest) == digest for key, digest in now.items())
+    same_test = was.get("test_sha256") in (None, now.get("test_sha256", was.get("test_sha256")))
+    return same_test and all(was.get(key) == now.get(key) for key in SPLIT)
 
 
 @functools.cache
 def digests_of(*values: Any) -> dict[str, str]:
-    """The sha256 of each split of the files that a config with these fields of DATA reads, under
-    the names of the provenance; nothing where it reads no file, or one that is gone."""
+    """What provenance has of the files that a config with these fields of DATA reads, the sha256 of
+    each split among it; nothing where it reads no file, or one that is gone."""
     config = Config(**dict(zip(DATA, values)))
-    files = [*jsonl_files(config).values(), Path(config.dataset)]
-    if not any(path.exists() for path in files):
-        return {}
-    rows, _, _ = load_rows(config)
-    return {f"{split}_sha256": sha256_of_rows(some) for split, some in rows.items()}
+    paths = (config.dataset, config.data_dir, *files_of(config).values())
+    return split_rows(config)[1] if any(Path(path).exists() for path in paths if path) else {}
 
 
 def result_of(cell: Cell) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import pytest
 from conftest import error_line, sums
 
 from config import load_config
+from data import split_rows
 from lab import sweep
 from plumbing.files import claim_run
 from plumbing.jsonl import sha256_of_rows
@@ -501,7 +502,7 @@ def test_a_file_that_changed_since_is_trained_on_anew(trainings, capsys):
         anew = [run.config.init_from for run in trainings]
         assert said.count("was finished") == (2 if name == "b" else 0)
         assert anew == ([] if name == "b" else ["scratch"] * 2)
-        assert said.count("other data than there is now: trained anew") == 2 * more
+        assert said.count("trained anew, the old run") == 2 * more
         trainings.clear()
     assert len(list((AT / "earlier").iterdir())) == 2
     write_run(cells_of(*argv, "--data_dir=c")[0].config, 3, data=digest)  # half done, and then:
@@ -509,6 +510,44 @@ def test_a_file_that_changed_since_is_trained_on_anew(trainings, capsys):
     trainings.fate = lambda config: {"data": digest}
     sweep.main([*argv, "--data_dir=c"])
     assert [run.config.init_from for run in trainings] == ["scratch"] * 2
+
+
+@pytest.mark.parametrize("change", ["csv", "val comes", "val goes", "an old split", "a test comes"])
+def test_so_is_one_whose_split_changed(change, trainings, capsys):
+    def write(name, rows):
+        lines = (f"{row['question']},{row['answer'][-2:].strip()}\n" for row in rows)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path = Path("own") / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("question,answer\n" + "".join(lines) if path.suffix == ".csv" else text)
+
+    ending = "csv" if change == "csv" else "jsonl"
+    write(f"train.{ending}", sums(30) * (1 + (change == "an old split")))
+    if change == "val goes":
+        write("val.jsonl", sums(9, 500))
+    argv = ["debug", "--seed=0,1", "--max_iters=9"]
+    argv += ["--dataset=gsm8k", "--data_dir=own"] if change == "csv" else ["--dataset=own"]
+    cells = cells_of(*argv)
+    made = split_rows(cells[0].config)[1]
+    if change == "an old split":  # by rows, before questions were kept together
+        made = {key: value for key, value in made.items() if "kept" not in key}
+    for cell in cells:
+        write_run(cell.config, 9)
+        path = cell.folder / "config.json"
+        about = json.loads(path.read_text())
+        about["provenance"]["data"] = made
+        path.write_text(json.dumps(about))
+    if change == "val goes":
+        Path("own/val.jsonl").unlink()
+    elif change == "csv":
+        write("train.csv", sums(31))
+    elif change != "an old split":
+        write("val.jsonl" if change == "val comes" else "test.jsonl", sums(9, 500))
+    capsys.readouterr()
+    sweep.train_cells(cells, 1)
+    anew = 0 if change == "a test comes" else 2
+    assert capsys.readouterr().out.count("other data than there is now, or another") == anew
+    assert len(trainings) == anew
 
 
 def test_a_cell_that_an_earlier_sweep_still_trains_is_left_alone(trainings, capsys):
