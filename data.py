@@ -431,6 +431,12 @@ def questions_in_train(rows: JsonLines | Listed, config: Config) -> int:
     return repeated_questions(train, rows)
 
 
+def same_split(a: dict, b: dict) -> bool:
+    """Do two provenances tell of the same train and validation rows?"""
+    keys = ("train_sha256", "val_sha256", "kept_together", "kept_together_rows")
+    return all(a.get(key) == b.get(key) for key in keys)
+
+
 def take(rows: Sequence, at: np.ndarray) -> Sequence:
     return rows.take(at) if hasattr(rows, "take") else [rows[i] for i in at]
 

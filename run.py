@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from config import LATER, Config, check, fail, parse_args, relocated, what
-from data import Data, load_data
+from data import Data, load_data, same_split
 from model import GPT, Trunk
 from plumbing import files
 from plumbing.processes import clock, versions
@@ -71,6 +71,9 @@ def data_of(run: Run, folder: str) -> Data:
     if data.provenance["train_sha256"] != trained_on["train_sha256"]:
         fail(f"{run.path} was trained on {trained_on['dataset']} from {trained_on['source']}, "
              f"other data than {data.provenance['source']} holds; --data_dir names a folder")
+    if not same_split(trained_on, data.provenance):
+        print(f"note: {run.path} was trained with another split of its data, so what is validation "
+              "now may be what it was trained on")
     data.score_as(trained_on)
     return data
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from config import fail, parse_args, relocated
-from data import load_data
+from data import load_data, same_split
 from generate import Sampling, generate
 from plumbing.processes import pick_device, run_main
 from run import Run, chosen_run
@@ -117,8 +117,8 @@ def held_out_questions(run: Run, args: Args) -> list[Question]:
     """The first questions of validation, with the right answers."""
     trained_on = run.provenance["data"]
     data = load_data(relocated(run.config, args.data_dir), run.tokenizer)
-    if data.provenance["train_sha256"] != trained_on["train_sha256"]:
-        print(f"note: the run saw other data ({trained_on['dataset']} from "
+    if not same_split(data.provenance, trained_on):
+        print(f"note: the run saw other data, or another split of it ({trained_on['dataset']} from "
               f"{trained_on['source']}); these questions may not be held out")
     pairs, decode = data.pairs["val"], run.tokenizer.decode
     return [Question(decode(pairs.question(e)), pairs.prompt(e), decode(pairs.answer(e)))

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import Config, check, fail, find_recipe, read_recipe, what
-from data import files_of, split_rows
+from data import files_of, same_split, split_rows
 from plumbing.columns import FIELDS
 from plumbing.files import (
     claim,
@@ -62,9 +62,6 @@ PANELS = (  # of heat.png: title, figure of a result, a colour map in which brig
 # Fields that rows may depend on, the tokens' own left out.
 DATA = ("data_dir", *(key for key in FIELDS if key not in (
     "tokenizer", "bpe_vocab_size", "labels", "views", "layout", "train_rows")))  # fmt: skip
-
-# Of provenance: which rows are trained on, and which held out of them.
-SPLIT = ("train_sha256", "val_sha256", "kept_together", "kept_together_rows")
 
 
 @dataclass(frozen=True)
@@ -301,7 +298,7 @@ def same_data(cell: Cell, made: dict[str, Any]) -> bool:
     if not now:
         return made["config"].get("data_dir", "") == cell.config.data_dir
     same_test = was.get("test_sha256") in (None, now.get("test_sha256", was.get("test_sha256")))
-    return same_test and all(was.get(key) == now.get(key) for key in SPLIT)
+    return same_test and same_split(was, now)
 
 
 @functools.cache

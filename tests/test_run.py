@@ -17,6 +17,7 @@ from conftest import error_line
 
 import data
 import run
+import sample
 import train
 from config import Config
 from generators.word_problems import word_problems
@@ -355,6 +356,26 @@ def test_a_data_file_that_moved_can_be_named(tmp_path, monkeypatch, capsys):
     assert "was trained on other data: " in line and "train_sha256" in line
     line = error_line(capsys, train.main, [*GO_ON, "--dataset=gone/pairs.jsonl"])
     assert "dataset was 'third/pairs.jsonl', is 'gone/pairs.jsonl'" in line
+
+
+def test_a_split_that_is_another_one_now_is_noted(tmp_path, monkeypatch, capsys):
+    """A moved folder without its val.jsonl: validation would now come out of what was train."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_losses", lambda *_: None)
+    rows = [f'{{"question": "What is {i} plus 1?", "answer": "{i + 1}"}}\n' for i in range(60)]
+    for folder, splits in (("here", ("train", "val")), ("there", ("train",))):
+        Path(folder).mkdir()
+        for split, some in zip(splits, (rows[:40], rows[40:])):
+            Path(folder, f"{split}.jsonl").write_text("".join(some))
+    train.main([*ARGS, "--dataset=here"])
+    opened = load_run(Path("out/default"), CPU)
+    capsys.readouterr()
+    run.data_of(opened, "here")
+    assert "another split" not in capsys.readouterr().out
+    run.data_of(opened, "there")
+    assert "was trained with another split of its data" in capsys.readouterr().out
+    sample.main(["out/default", "--data_dir=there", "--num_samples=1", "--device=cpu"])
+    assert "note: the run saw other data, or another split of it" in capsys.readouterr().out
 
 
 def test_more_steps_keep_the_schedule_and_say_so(out, capsys):
