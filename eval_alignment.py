@@ -176,6 +176,8 @@ def same_data(paths: list[Path]) -> list[Path]:
             return fail(f"{path}/config.json is missing or damaged; name the runs to compare")
 
     digests = {path: digest(path) for path in paths}
+    if others := sorted(path.name for path in paths if digests[path] != digests[paths[0]]):
+        print(f"left out, as of other data or views than {paths[0]}: {', '.join(others)}")
     return sorted(path for path in paths if digests[path] == digests[paths[0]])
 
 
