@@ -221,8 +221,10 @@ def check_objective(config: Config) -> None:
 
 
 def relocated(config: Config, folder: str) -> Config:
-    """The config of a run whose data now lies in `folder`; an empty one means where it was."""
+    """The config of a run whose data now lies in `folder`, or is that file; empty: as it was."""
     if folder and config.dataset not in ("gsm8k", *MADE_HERE):
+        if Path(folder).is_file():  # it has another name now
+            return replace(config, dataset=folder)
         file = Path(config.dataset).name if config.dataset.endswith(OWN_FILES) else ""
         return replace(config, dataset=str(Path(folder) / file))
     return replace(config, data_dir=folder or config.data_dir)

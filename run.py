@@ -66,8 +66,11 @@ def load_run(path: Path, device: torch.device, best: bool = False) -> Run:
 def data_of(run: Run, folder: str) -> Data:
     """The data that a run was trained on, in `folder` or, if that is empty, where it was; one line
     and exit 2 if other data lies there."""
+    trained_on, dataset = run.provenance["data"], run.config.dataset
+    if not folder and trained_on["source"] == dataset and not Path(dataset).exists():
+        fail(f"{dataset}, which {run.path} was trained on, is gone; --data_dir=... names the "
+             "folder or file where it is now")
     data = load_data(relocated(run.config, folder), run.tokenizer)
-    trained_on = run.provenance["data"]
     if data.provenance["train_sha256"] != trained_on["train_sha256"]:
         fail(f"{run.path} was trained on {trained_on['dataset']} from {trained_on['source']}, "
              f"other data than {data.provenance['source']} holds; --data_dir names a folder")

@@ -736,6 +736,8 @@ def test_a_data_set_that_moved_is_found_where_it_is_now():
                            "a/b": "there", "regex": "regex", "gsm8k": "gsm8k"}.items():  # fmt: skip
         assert relocated(Config(dataset=dataset), "there").dataset == moved
         assert relocated(Config(dataset=dataset), "").dataset == dataset
+    renamed = str(write_jsonl(Path("there/c.jsonl"), unlike(1)))
+    assert relocated(Config(dataset="a/b.jsonl"), renamed).dataset == renamed
 
 
 def test_what_is_made_here_is_named_once():
