@@ -157,7 +157,7 @@ def print_tables(both: list[list[list[str]]], about: dict[str, Any]) -> None:
     for rows in both:
         width = max(24, *(len(cells[0]) + 2 for cells in rows))
         for cells in rows:
-            print(f"{cells[0]:<{width}}" + "".join(f"{cell:>15}" for cell in cells[1:]))
+            print(f"{cells[0]:<{width}}" + "".join(f" {cell:>14}" for cell in cells[1:]))
         print()
 
 

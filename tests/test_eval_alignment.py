@@ -458,6 +458,12 @@ def test_shared_answers_are_counted_in_the_tables(tiny_run, monkeypatch, capsys)
     assert trained["chance"] == floor["chance"] == 1 / 2
 
 
+def test_cells_of_a_table_never_touch(capsys):
+    about = {"shared": 0, "n_pairs": 2, "chance": 0.5, "split": "val", "data": {"dataset": "a"}}
+    eval_alignment.print_tables([[["run", "1.0", "of one answer only", "not finite"]]], about)
+    assert " 1.0 of one answer only     not finite\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arg", ["--split=train", "--n_pairs=1", "--pairs_seed=-1"])
 def test_a_mistake_is_one_line(arg, capsys):
     key, value = arg.removeprefix("--").split("=")
