@@ -305,14 +305,14 @@ def inode(about: os.stat_result) -> tuple[int, int]:
 
 def is_run(folder: Path) -> bool:
     """Is the folder a run's, or what is left of one that was killed before it wrote its config, or
-    empty?"""
+    empty? Other programs call their files ckpt.pt and metrics.jsonl too."""
     names = {path.name for path in folder.iterdir()}
-    if "config.json" in names:
-        with contextlib.suppress(ValueError, AttributeError, OSError):
+    with contextlib.suppress(Exception):  # damaged, of another form, ...
+        if "config.json" in names:
             return {"config", "provenance"} <= read_json(folder / "config.json").keys()
-        return False
-    if names & {"ckpt.pt", "metrics.jsonl"}:
-        return True
+        if "ckpt.pt" in names:  # copied here without the rest, to go on
+            state = torch.load(folder / "ckpt.pt", "cpu", weights_only=True, mmap=True)
+            return state["format"].startswith("nanoJEPA")
     return all(name in (".lock", "log.txt") or re.fullmatch(r"\..*\.tmp", name) for name in names)
 
 

@@ -464,7 +464,7 @@ OURS = json.dumps({"config": {}, "provenance": {}})
 
 @pytest.mark.parametrize("content, ours", [
     ({}, True), ({".lock": "7", "log.txt": ""}, True), ({".config.json.x7.tmp": "{"}, True),
-    ({"config.json": OURS}, True), ({"metrics.jsonl": ""}, True), ({"ckpt.pt": ""}, True),
+    ({"config.json": OURS}, True), ({"metrics.jsonl": ""}, False), ({"ckpt.pt": ""}, False),
     ({"config.json": '{"model_type": "gpt2"}'}, False), ({"config.json": "[1]"}, False),
     ({"config.json": "{}", "ckpt.pt": ""}, False), ({"config.json": "half"}, False),
     ({"thesis.tex": ""}, False), ({"thesis.tex": "", ".lock": ""}, False),
@@ -478,6 +478,18 @@ def test_what_is_not_a_run_s_is_not_touched(content, ours, tmp_path, capsys):
     else:
         assert "nothing was touched" in error_line(capsys, claim_run, tmp_path)
         assert bytes_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("state, ours", [
+    ({"model": {}, "iter_num": 3}, False), ({"format": "nanoJEPA 2"}, True),
+])  # fmt: skip
+def test_a_checkpoint_alone_is_a_run_s_if_it_says_so(state, ours, tmp_path, capsys):
+    """nanoGPT leaves a ckpt.pt alone; of our runs one may be copied without the rest."""
+    torch.save(state, tmp_path / "ckpt.pt")
+    if ours:
+        claim_run(tmp_path)
+    else:
+        assert "nothing was touched" in error_line(capsys, claim_run, tmp_path)
 
 
 def test_leftovers_of_killed_writers_are_removed_and_nobody_else_s(other_process, tmp_path):
