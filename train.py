@@ -9,6 +9,7 @@
 
 import copy
 import math
+import shlex
 import signal
 import time
 from collections import deque
@@ -299,7 +300,7 @@ def main(argv: list[str]) -> None:
     out_dir = Path(config.out_dir)
     if any(out_dir.glob("*/ckpt.pt")):
         fail(f"out_dir={out_dir} holds other runs; name a folder of its own, as in "
-             f"--out_dir={out_dir / config.recipe}")
+             f"--out_dir={shlex.quote(str(out_dir / config.recipe))}")
     if out_dir.exists():
         claim_run(out_dir)  # before its checkpoint is read
     if config.init_from != "scratch":
@@ -341,7 +342,8 @@ def main(argv: list[str]) -> None:
     processes.leave()
     if not folder.first:
         return
-    run = "" if out_dir.parent == Path("out") else f" {out_dir}"  # they look for runs in out/
+    # They look for runs in out/.
+    run = "" if out_dir.parent == Path("out") else f" {shlex.quote(str(out_dir))}"
     ends = (f"the pairs' embeddings are {verdict(measures)}" if config.jepa_weight else
             "at λ = 0 nothing aligned the pairs' embeddings")
     print(f"done in {time.time() - started:.0f} s: {out_dir}/ckpt.pt; {ends}. Next: python "

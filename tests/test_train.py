@@ -650,6 +650,8 @@ def test_the_last_line_says_what_came_of_the_embeddings_and_what_to_run_next(tin
     assert "the pairs' embeddings are partly aligned. " in last
     named = re.findall(r"python (\w+\.py) elsewhere/tiny", last)  # out/ is looked through anyway
     assert named == ["sample.py", "evaluate.py", "eval_alignment.py"]
+    last = tiny_run(max_iters=1, out_dir="two words/tiny").splitlines()[-1]  # to be copied as it is
+    assert last.count(".py 'two words/tiny'") == 3
     assert all((ROOT / name).exists() for name in named)
 
 
