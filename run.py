@@ -7,6 +7,7 @@
 """
 
 import math
+import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -166,7 +167,9 @@ class Folder(NamedTuple):
         """The command line that goes on with this run."""
         words = shlex.split(self.provenance["command"])  # without the script's own name
         script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-        return shlex.join(["python", script, *(w for w in words if not w.startswith("-")),
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        start = ["torchrun", "--standalone", f"--nproc_per_node={world}"] if world > 1 else ["python"]
+        return shlex.join([*start, script, *(w for w in words if not w.startswith("-")),
                            f"--out_dir={self.path}", "--init_from=resume"])  # fmt: skip
 
     def save(self, name: str, t, progress: Progress, resumable: bool) -> None:
@@ -296,7 +299,7 @@ def start_folder(folder: Folder, config: Config, progress: Progress, again: bool
     if config.init_from != "scratch":
         kept = [r for r in files.read_records(path / "metrics.jsonl") if r["step"] < progress.step
                 or (r["step"] == progress.step and "val_ce" in r and not again)]  # fmt: skip
-    elif (path / "ckpt.pt").exists():
+    elif files.has_checkpoint(path):
         print(f"moved the earlier run to {files.set_aside(path)}")
         files.claim_run(path)
     about = {"config": asdict(config), "provenance": folder.provenance}

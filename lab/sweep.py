@@ -36,6 +36,7 @@ from data import files_of, same_split, split_rows
 from plumbing.columns import FIELDS
 from plumbing.files import (
     claim,
+    has_checkpoint,
     open_log,
     owner_of,
     read_records,
@@ -251,9 +252,8 @@ def train_waiting(waiting: list[tuple[str, Cell]], jobs: int, signals: list[int]
 
 def launch(cell: Cell, jobs: int) -> subprocess.Popen:
     """Start or resume the train.py of a cell."""
-    has_checkpoint = (cell.folder / "ckpt.pt").exists()
-    resume = has_checkpoint and earlier_provenance(cell) is not None
-    if has_checkpoint and not resume:
+    resume = (cell.folder / "ckpt.pt").exists() and earlier_provenance(cell) is not None
+    if has_checkpoint(cell.folder) and not resume:
         set_aside(cell.folder)  # train.py would move the new log.txt along with it
     command = [sys.executable, "-u", str(ROOT / "train.py"), *cell.command]
     environment = dict(os.environ)

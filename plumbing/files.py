@@ -87,6 +87,12 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}-previous{path.suffix}")
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Is there any, be it the previous or the best one, that a new run would write over?"""
+    names = "ckpt.pt", previous_of(Path("ckpt.pt")), "best.pt"
+    return any((folder / name).exists() for name in names)
+
+
 def take_previous(path: Path) -> None:
     """Put the checkpoint before the one at `path` in its place; that one is moved aside."""
     if path.exists():

@@ -321,6 +321,15 @@ def test_the_line_after_ctrl_c_works_as_printed(tmp_path, monkeypatch, capsys):
     assert [r["step"] for r in steps_of("out/it's mine")] == [*range(6)]
 
 
+def test_several_processes_go_on_as_several(monkeypatch):
+    """One alone would draw other random numbers, and take longer."""
+    folder = Folder(Path("out/debug"), None, {"command": "debug --seed=2"}, True)
+    assert folder.how_to_resume().startswith("python train.py debug --out_dir=")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    start = "torchrun --standalone --nproc_per_node=2 train.py debug --out_dir=out/debug "
+    assert folder.how_to_resume() == start + "--init_from=resume"
+
+
 def test_a_recipe_that_changed_is_named_and_not_used(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(data.GENERATORS, "word_problems", few_rows)

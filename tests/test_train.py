@@ -591,6 +591,17 @@ def test_a_second_run_moves_the_first_aside_intact(tiny_run):
     assert contents("out/tiny") == firsts[2] != firsts[1]
 
 
+@pytest.mark.parametrize("left", ["ckpt-previous.pt", "best.pt"])
+def test_a_checkpoint_of_any_name_is_moved_aside_and_not_written_over(tiny_run, left):
+    """A kill between two renames leaves one without ckpt.pt, and so does whoever deletes that."""
+    tiny_run()
+    for name in {"ckpt.pt", "ckpt-previous.pt", "best.pt"} - {left}:
+        Path("out/tiny", name).unlink()
+    kept = Path("out/tiny", left).read_bytes()
+    assert "moved the earlier run to out/earlier/tiny-1" in tiny_run(max_iters=1)
+    assert Path("out/earlier/tiny-1", left).read_bytes() == kept
+
+
 def test_a_folder_of_runs_is_not_taken_for_a_run(tiny_run, capsys):
     """Or else its second use would move all of them out of the way."""
     tiny_run(max_iters=1)
