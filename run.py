@@ -168,9 +168,10 @@ class Folder(NamedTuple):
         words = shlex.split(self.provenance["command"])  # without the script's own name
         script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
         world = int(os.environ.get("WORLD_SIZE", 1))
-        start = ["torchrun", "--standalone", f"--nproc_per_node={world}"] if world > 1 else ["python"]
-        return shlex.join([*start, script, *(w for w in words if not w.startswith("-")),
-                           f"--out_dir={self.path}", "--init_from=resume"])  # fmt: skip
+        several = ["torchrun", "--standalone", f"--nproc_per_node={world}"]
+        return shlex.join([*(several if world > 1 else ["python"]), script,
+                           *(w for w in words if not w.startswith("-")), f"--out_dir={self.path}",
+                           "--init_from=resume"])  # fmt: skip
 
     def save(self, name: str, t, progress: Progress, resumable: bool) -> None:
         """A checkpoint of t (train.Training) to evaluate, and to go on from if it is resumable; the

@@ -11,7 +11,6 @@ Everything is under out/tokens/, which can be deleted whenever no run uses it.
 import contextlib
 import hashlib
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from config import Config
-from plumbing.files import sha256_of, write_folder, write_json
+from plumbing.files import remove_folder, sha256_of, write_folder, write_json
 from plumbing.processes import ROOT
 from plumbing.tokenizers import Tokenizer, load_tokenizer
 from views import Columns
@@ -110,7 +109,7 @@ def is_sound(folder: Path) -> bool:
                 raise ValueError(name)
     except (ValueError, TypeError, AttributeError, OSError) as error:
         print(f"{folder} is damaged ({error}): its tokens are made anew")
-        shutil.rmtree(folder)
+        remove_folder(folder)
         return False
     if known != stamps:
         remember(folder, stamps)

@@ -160,6 +160,16 @@ def remove_leftovers(parent: Path) -> None:
                 os.close(lock)
 
 
+def remove_folder(folder: Path) -> None:
+    """All of it at once, so that no other process meets half of it; perhaps one has removed it."""
+    taken, lock = new_unfinished(folder.parent)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, taken / folder.name)
+    shutil.rmtree(taken, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+
+
 def append_lines(path: Path, records: Iterable[dict]) -> None:
     """More lines at the end of a file of records; a kill may cut the last one short."""
     with open(path, "ab") as file:

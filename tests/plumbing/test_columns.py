@@ -178,6 +178,23 @@ def test_a_damaged_folder_is_made_anew(config, monkeypatch, capsys):
     assert folders() == [name]
 
 
+def test_two_runs_may_find_the_same_damage_at_once(config, monkeypatch):
+    """As the cells of a sweep do: what one has just removed ends none of the others."""
+    first, [folder] = load_data(config), data.Path("out/tokens").iterdir()
+    (folder / "train.tokens").touch()
+    real = token_columns.sha256_of
+
+    def sha256_of(path):
+        if path.name != "train.tokens":
+            return real(path)
+        token_columns.remove_folder(folder)  # the other run is a moment ahead
+        return "another"
+
+    monkeypatch.setattr(token_columns, "sha256_of", sha256_of)
+    assert_same(first, load_data(config))
+    assert folders() == [folder.name]
+
+
 def test_files_are_hashed_once_per_size_and_time(config, monkeypatch):
     hashed, real = [], token_columns.sha256_of
     monkeypatch.setattr(token_columns, "sha256_of", lambda path: (
