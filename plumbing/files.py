@@ -177,9 +177,10 @@ def append_lines(path: Path, records: Iterable[dict]) -> None:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of metrics.jsonl or of answers; a line that a kill cut short is dropped."""
+    """The records of metrics.jsonl or of answers; a damaged line is dropped, as one that a
+    kill cut short."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -246,6 +246,8 @@ def test_metrics_lose_only_a_line_that_was_cut_short(tmp_path):
     assert [r["step"] for r in read_records(path)] == [0, 1, 2]
     path.write_bytes(whole[:-7])
     assert read_records(path) == [{"step": 0, "ce": 5.5}, {"step": 1, "ce": 4.5}]
+    path.write_bytes(whole.replace(b"5.5", b"5.\xb5"))  # a damaged byte, which is not UTF-8
+    assert [r["step"] for r in read_records(path)] == [1, 2]
 
 
 def test_a_log_is_begun_anew_or_gone_on_with(tmp_path):
