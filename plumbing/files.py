@@ -242,9 +242,12 @@ def read_checkpoint(path: Path, form: str) -> dict[str, Any]:
 
 
 def claim_run(folder: Path) -> None:
-    """For the first process of a run, see claim."""
+    """For the first process of a run, see claim. Checkpoints that a kill left half written, each as
+    large as a whole one, are removed."""
     if os.environ.get("RANK", "0") == "0":
         claim(folder, is_run)
+        for path in folder.glob(".*.pt.*.tmp"):
+            path.unlink()
 
 
 def claim(folder: Path, is_ours: Callable[[Path], bool]) -> None:

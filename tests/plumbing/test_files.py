@@ -451,6 +451,15 @@ def test_a_folder_that_was_moved_is_owned_anew(tmp_path):
         files.try_lock(folder / ".lock")
 
 
+def test_half_a_checkpoint_that_a_kill_left_is_removed(tmp_path):
+    for name in (".ckpt.pt.x7.tmp", ".best.pt.x8.tmp", ".accuracy.json.x9.tmp", "ckpt.pt.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text(OURS)
+    claim_run(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}  # evaluate.py may be writing the third now
+    assert left == {"config.json", ".lock", ".accuracy.json.x9.tmp", "ckpt.pt.tmp"}
+
+
 def test_without_locks_a_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "fcntl", None)
     claim_run(tmp_path / "run")
