@@ -203,6 +203,14 @@ def silence():
     return open(os.devnull, "w")
 
 
+def fill_standard_numbers() -> None:
+    """Where input, output or errors were closed from the start, no file of ours takes its number:
+    a warning would be written into it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+
+
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     try:

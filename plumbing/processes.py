@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from config import CHOICES, fail
-from plumbing.files import silence
+from plumbing.files import fill_standard_numbers, silence
 from plumbing.output import steady_output, stops
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout
@@ -180,6 +180,7 @@ def compile_or_not(model: torch.nn.Module, autocast, try_once) -> None:
 def run_main(main) -> None:
     """Run a script's main; what is not the script's fault ends in a line, not a traceback."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here; no figure needs a window
+    fill_standard_numbers()
     for stream in filter(None, (sys.stdout, sys.stderr)):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a ? where the encoding has no λ

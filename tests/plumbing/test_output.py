@@ -151,3 +151,13 @@ def test_a_notebook_s_settings_and_ascii_stop_no_command(tmp_path):
                           env={**environment, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"? ?\n") and (tmp_path / "out/mask.png").exists()
+
+
+def test_no_file_takes_the_place_of_a_closed_stderr():
+    """A warning of a library would be written into a checkpoint."""
+    code = ("import os; from plumbing.processes import run_main; "
+            "run_main(lambda argv: print(os.open('run.py', os.O_RDONLY) > 2))")  # fmt: skip
+    shell = 'exec "$0" -c "$1" 0<&- 2>&-'
+    said = subprocess.run(["sh", "-c", shell, sys.executable, code], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE).stdout  # fmt: skip
+    assert said == "True\n"
