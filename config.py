@@ -6,14 +6,13 @@ line. Everything is checked before the first step; a mistake is one line on stde
 2. A field's comment is also its line in `--help`.
 """
 
-import math
-import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from plumbing import options
+from plumbing import checks, options
+from plumbing.checks import MADE_HERE, OWN_FILES
 from plumbing.options import fail, folder_name, parse_args, program
 
 RECIPES = Path(__file__).resolve().parent / "configs"
@@ -58,7 +57,7 @@ class Config:
     bad_lines: str = "error"  # error | skip (count lines and rows that are no pair and go on)
     fields: str = ""  # names of your fields, as instruction+input:output; empty: the usual ones
     group: str = ""  # a field: rows that agree in it are never split between train and validation
-    tokenizer: str = "gpt2"  # gpt2 (50257 tokens) | bpe (trained on train) | words (relations)
+    tokenizer: str = "gpt2"  # gpt2 (50257) | bpe (trained on train) | words; a trunk has its own
     bpe_vocab_size: int = 8192  # size of the bpe vocabulary, its two special tokens included
     answer_view: str = "full"  # full (worked answer, as in the paper) | final (number after ####)
     labels: str = "answer"  # answer | all: the tokens that cross-entropy is taken on
@@ -77,7 +76,17 @@ class Config:
     stop_grad: bool = False  # encode the target without gradient, which costs a third
     ema: float = 0.0  # decay of a moving average of the weights that encodes targets; 0 is off
     pooling: str = "last"  # last | mean: Enc at the last token of a view, or over all of it
+    # a pretrained trunk (hf.py) in the place of the model above
+    trunk: str = "gpt"  # gpt (untrained) | a hub id | a folder | a .gguf file
+    trunk_revision: str = ""  # branch, tag or commit of a hub id
+    template: str = "plain"  # plain | chat (the trunk's own): what stands around the views
+    label_end: bool = True  # is the end mark a label? False is how the published code trains
+    lora_rank: int = 0  # of adapters beside frozen weights; 0 trains all weights
+    lora_alpha: float = 32.0  # scale of the adapters, over lora_rank
+    lora_modules: str = ""  # layers that get adapters, as q_proj,v_proj; empty: all linear ones
+    gradient_checkpointing: bool = False  # compute activations twice, to keep few in memory
     # optimization
+    pred_rate: float = 1.0  # learning rate of [PRED], in multiples of the other weights'
     gradient_accumulation_steps: int = 1  # micro-batches in a step
     min_lr: float = 1e-4  # at the end of the decay
     warmup_iters: int = 50  # steps of linear warm-up
@@ -87,10 +96,6 @@ class Config:
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
 
-
-# What data of one's own is named by, beside folders and the hub; and what is made here.
-OWN_FILES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".txt")
-MADE_HERE = ("word_problems", "regex", "regex_depth", "relations", "relations_full")
 
 # Where a run happens and how much of it is shown, not what is trained: two runs that differ in
 # these alone are one and the same. Resuming, sweeps and eval_alignment.py go by it.
@@ -103,6 +108,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "bad_lines": ("error", "skip"),
     "tokenizer": ("gpt2", "bpe", "words"),
+    "template": ("plain", "chat"),
     "answer_view": ("full", "final"),
     "labels": ("answer", "all"),
     "score": ("auto", "number", "final", "string", "regex"),
@@ -119,6 +125,9 @@ POSITIVE = {
     "n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps",
     "max_iters", "learning_rate", "eval_interval", "eval_pairs", "log_interval",
 }  # fmt: skip
+
+# What a pretrained trunk brings along, so that it cannot be asked for.
+OF_THE_GPT = ("n_layer", "n_head", "n_embd", "dropout", "bias", "tokenizer", "bpe_vocab_size")
 
 find_recipe = partial(options.find_recipe, RECIPES)
 read_recipe = partial(options.read_recipe, Config, RECIPES)
@@ -140,6 +149,8 @@ def load_config(argv: list[str]) -> Config:
     recipe = read_recipe(path) if path else {}
     name = path.stem if path else "default"
     config, plain = Config(**{**recipe, **values, "recipe": name}), asdict(Config(**recipe))
+    if config.trunk != "gpt" and (unused := [key for key in OF_THE_GPT if key in values]):
+        fail(f"{unused[0]}={values[unused[0]]} goes with trunk=gpt; {config.trunk} has its own")
     # Two runs that train something else have two folders, so neither moves the other away.
     differs = {key: value for key, value in what(config).items()
                if key not in LATER and value != plain[key]}  # fmt: skip
@@ -151,73 +162,7 @@ def load_config(argv: list[str]) -> Config:
 
 def check(config: Config) -> None:
     """Refuse values that cannot work, before anything is loaded."""
-    for key, choices in CHOICES.items():
-        value = getattr(config, key)
-        if value not in choices:
-            fail(f"{key}={value!r} is not one of {', '.join(choices)}")
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type in (int, float) and not (math.isfinite(value) and value >= 0):
-            fail(f"{field.name}={value} must be a finite number, not below 0")
-        if field.name in POSITIVE and value == 0:
-            fail(f"{field.name}=0 must be above 0")
-    for key in ("dropout", "jepa_dropout", "jepa_split", "beta1", "beta2", "ema"):
-        if getattr(config, key) >= 1:
-            fail(f"{key}={getattr(config, key)} must be below 1")
-    check_data(config)
-    check_objective(config)
-    if config.n_embd % config.n_head:
-        fail(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
-    if config.min_lr > config.learning_rate:
-        fail(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}")
-    if config.eval_pairs < 2:
-        fail(f"eval_pairs={config.eval_pairs} must be at least 2: mismatched cosine needs two")
-    if config.seed >= 2**63:
-        fail(f"seed={config.seed} must be below 2**63")
-
-
-def check_data(config: Config) -> None:
-    """What goes with which data set."""
-    facts = config.dataset in ("relations", "relations_full")
-    for key, value in (("views", "facts"), ("tokenizer", "words")):
-        if facts != (getattr(config, key) == value):
-            fail(f"{key}={value} goes with dataset=relations, and with nothing else")
-    if config.train_rows and facts:
-        fail(f"train_rows={config.train_rows} goes with pairs; generators/relations.py has the "
-             "sizes of dataset=relations")
-    if config.views.startswith("steps") and config.answer_view == "final":
-        fail(f"views={config.views} needs the worked answer: answer_view=full")
-    if config.dataset.endswith(".txt") and config.views != "split":
-        fail(f"dataset={config.dataset} is running text and needs views=split")
-    if config.data_dir and config.dataset != "gsm8k":
-        fail(f"data_dir={config.data_dir} goes with dataset=gsm8k; data of your own is named by "
-             "dataset=folder or dataset=folder/pairs.jsonl")
-    for key in ("fields", "group"):
-        made = config.dataset in MADE_HERE or config.dataset.endswith(".txt")
-        if getattr(config, key) and made:
-            fail(f"{key}={getattr(config, key)} goes with rows of your own, not {config.dataset}")
-    if config.fields and not re.fullmatch(r"[^+:]+(\+[^+:]+)*:[^+:]+(\+[^+:]+)*", config.fields):
-        fail(f"fields={config.fields} must name the question's fields and the answer's, as in "
-             "instruction+input:output")
-    if config.eval_answers and config.views in ("facts", "split"):
-        fail(f"eval_answers={config.eval_answers}: views={config.views} asks no question")
-    if config.bpe_vocab_size < 320:
-        fail(f"bpe_vocab_size={config.bpe_vocab_size} must be at least 320 (256 bytes and merges)")
-
-
-def check_objective(config: Config) -> None:
-    """What goes with which loss and tree of blocks."""
-    if config.layout != "tree" and config.views != "pairs":
-        fail(f"layout={config.layout} goes with views=pairs, not {config.views}")
-    if config.layout in ("plan", "front") and config.n_pred == 0:
-        fail(f"layout={config.layout} needs [PRED]: n_pred must be above 0")
-    if (config.spread == "none") != (config.spread_weight == 0):
-        fail(f"spread={config.spread} with spread_weight={config.spread_weight}: without a spread "
-             "term the weight is 0, with one it is above 0")
-    if config.jepa_weight and config.batch_size == 1 and (
-        config.spread != "none" or config.jepa_loss == "infonce"
-    ):
-        fail("batch_size=1: infonce and the spread terms compare the examples of a batch")
+    checks.check(config, CHOICES, POSITIVE)
 
 
 def relocated(config: Config, folder: str) -> Config:

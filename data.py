@@ -229,7 +229,11 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
     """Everything a run reads. `tokenizer` is a checkpoint's; None builds the config's own.
     Validation rows come out of train by a fixed permutation, the same for every seed and run
     (generators have their own validation split). The tokens of files are kept for the next run."""
-    if config.tokenizer == "gpt2":
+    if config.trunk != "gpt":
+        from hf import trunk_tokenizer
+
+        tokenizer = tokenizer or trunk_tokenizer(config)
+    elif config.tokenizer == "gpt2":
         tokenizer = tokenizer or gpt2_tokenizer()
     columns, tokenizer, provenance = load_columns(config, tokenizer)
     pairs, left_out = {}, {}
@@ -287,7 +291,7 @@ def report(
     if provenance["dataset"] == "word_problems":
         print("validation and test hold out whole kinds of problems: their loss stands far above "
               "the training loss")
-    size, asked = tokenizer.sep + 1, config.bpe_vocab_size  # the table's padding left out
+    size, asked = tokenizer.size, config.bpe_vocab_size
     fewer = f", {asked} were asked for, but train has no more pairs to merge"
     fewer = fewer if tokenizer.name == "bpe" and size < asked else ""
     print(f"tokenizer {tokenizer.name}: {size} tokens{fewer}; train holds "

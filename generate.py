@@ -43,8 +43,9 @@ def generate(
     """Continue token lists, each of 1 to longest_path tokens, as one batch with a cache. `streams`
     says which random numbers each prompt's answer is drawn by: see Draw.
 
-    `eot`, end of text, stops a row, and is the largest id that may be drawn (separator and padding
-    of the table lie above it). Returns each prompt's new tokens; they end in eot if it stopped."""
+    `eot`, end of text, stops a row; without trunk.n_drawn it is the largest id that may be drawn
+    (separator and padding of the table lie above it). Returns each prompt's new tokens; they end in
+    eot if it stopped."""
     assert prompts and all(0 < len(p) <= trunk.longest_path for p in prompts)
     device, most = trunk.device, trunk.longest_path
     length = torch.tensor([len(p) for p in prompts], device=device)
@@ -84,7 +85,7 @@ def generate(
                 mask[rows, start:new, :end], cache,
                 read=None if alone else (columns[start:new] == last).expand(len(rows), -1),
             ).view(len(rows), -1)  # (rows, C)
-            drawn = draw(trunk.logits(hidden).float()[:, : eot + 1], rows)
+            drawn = draw(trunk.logits(hidden).float()[:, : trunk.n_drawn or eot + 1], rows)
             tokens[rows, new] = drawn
             done[rows] |= (drawn == eot) | (length[rows] + new - width + 1 >= most)
             if done.all():
@@ -111,7 +112,7 @@ def generate_plain(
         for i in going:
             idx = torch.tensor([prompts[i] + outputs[i]], device=device)
             hidden = trunk.everywhere(idx, torch.ones_like(idx))  # one block: plainly causal
-            logits.append(trunk.logits(hidden[0, -1]).float()[: eot + 1])
+            logits.append(trunk.logits(hidden[0, -1]).float()[: trunk.n_drawn or eot + 1])
         for i, token in zip(going, draw(torch.stack(logits), torch.tensor(going)).tolist()):
             outputs[i].append(token)
     return outputs

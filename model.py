@@ -116,6 +116,8 @@ class Trunk(nn.Module):
     width: int  # C
     vocab_size: int  # V
     longest_path: int  # tokens that one may see, itself included
+    n_drawn = 0  # ids below it may be drawn; 0: those up to end of text, as in our vocabularies
+    about: dict[str, str] | None = None  # what makes a pretrained one again, beside the config
 
     def __init__(self, parents: Sequence[int | None]):
         """parents: for each block number, the block it continues or None (see visible_blocks)."""
@@ -151,6 +153,14 @@ class Trunk(nn.Module):
     def new_cache(self) -> KVCache:
         """An empty key/value cache for `layers`."""
         return KVCache()
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What training changes: the weights that a checkpoint holds."""
+        return self.state_dict()
+
+    def load_trained(self, state: dict[str, torch.Tensor]) -> None:
+        """RuntimeError if `state` is no other such trunk's."""
+        self.load_state_dict(state)
 
     def forward(self, batch: Batch, read: torch.Tensor, streams: list | None = None):
         """Hidden states where they are read and, where there are labels, the summed cross-entropy.

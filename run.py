@@ -27,8 +27,13 @@ from views import layout_of
 FORMAT = "nanoJEPA 2"  # of a checkpoint
 
 
-def make_model(config: Config, vocab_size: int) -> Trunk:
-    """The network of a config, untrained; its weights come from torch's random state."""
+def make_model(config: Config, vocab_size: int, about: dict | None = None) -> Trunk:
+    """The network of a config, untrained or pretrained; what is new in it comes from torch's random
+    state. `about` is that of a checkpoint whose weights it will get."""
+    if config.trunk != "gpt":
+        from hf import load_trunk
+
+        return load_trunk(config, layout_of(config).parents, about)
     return GPT(config, vocab_size, layout_of(config).parents)
 
 
@@ -54,9 +59,9 @@ def load_run(path: Path, device: torch.device, best: bool = False) -> Run:
     state = files.read_checkpoint(path, FORMAT)
     config = config_of(state, path)
     tokenizer = tokenizer_of(state, path)
-    model = make_model(config, tokenizer.vocab_size)
+    model = make_model(config, tokenizer.vocab_size, state.get("trunk"))
     try:
-        model.load_state_dict(state["model"])
+        model.load_trained(state["model"])
     except RuntimeError as error:
         fail(f"{path}: its weights do not fit its config ({str(error).splitlines()[0]})")
     name = path.parent.name if path.stem == "ckpt" else f"{path.parent.name}/{path.stem}"
@@ -185,12 +190,13 @@ class Folder(NamedTuple):
             previous = files.previous_of(self.path / name)
             on_cuda = t.model.device.type == "cuda"
             state = dict(
-                optimizer=t.optimizer.state_dict(), ema=t.ema.state_dict() if t.ema else None,
+                optimizer=t.optimizer.state_dict(), ema=t.ema.trained() if t.ema else None,
                 rng=torch.get_rng_state(),
                 cuda_rng=torch.cuda.get_rng_state(t.model.device) if on_cuda else None,
             )  # fmt: skip
         files.write_checkpoint(self.path / name, {
-            "format": FORMAT, "config": asdict(t.pairs.config), "model": t.model.state_dict(),
+            "format": FORMAT, "config": asdict(t.pairs.config), "model": t.model.trained(),
+            "trunk": t.model.about,
             "tokenizer": {"name": tokenizer.name, "dump": tokenizer.dump(),
                           "sha256": tokenizer.sha256},
             "provenance": self.provenance, "step": progress.step, "progress": asdict(progress),
@@ -203,6 +209,7 @@ class Resumed(NamedTuple):
 
     config: Config
     saved: dict[str, Any]  # the checkpoint
+    tokenizer: Tokenizer | None  # a pretrained trunk's; others are made of the data, and compared
     notes: list[str]  # lines that say what is otherwise than it was
 
 
@@ -237,7 +244,8 @@ def read_to_resume(asked: Config, argv: list[str]) -> Resumed:
     if recipes and differs:
         notes.append(f"note: the recipe {recipes[0]} is not the run's any more, and not used: it "
                      f"says {', '.join(differs)}")  # fmt: skip
-    return Resumed(config, saved, notes)
+    tokenizer = tokenizer_of(saved, path) if saved.get("trunk") else None
+    return Resumed(config, saved, tokenizer, notes)
 
 
 def keep_schedule(was: Config, config: Config, bends: bool) -> tuple[Config, list[str]]:
@@ -268,19 +276,23 @@ def restore(t, saved: dict[str, Any], data: Data) -> Progress:
         fail(f"{t.pairs.config.out_dir}/ckpt.pt was trained on other data: {', '.join(changed)} "
              "changed")
     data.score_as(was)
-    t.model.load_state_dict(saved["model"])
+    t.model.load_trained(saved["model"])
     t.optimizer.load_state_dict(saved["optimizer"])
     if t.ema:
-        t.ema.load_state_dict(saved["ema"])
+        t.ema.load_trained(saved["ema"])
     torch.set_rng_state(saved["rng"])
     if t.model.device.type == "cuda" and saved["cuda_rng"] is not None:
         torch.cuda.set_rng_state(saved["cuda_rng"], t.model.device)
     return Progress(**{"best_step": saved["step"], **saved["progress"]})
 
 
-def provenance_of(argv: list[str], data: Data, saved: dict[str, Any] | None) -> dict[str, Any]:
+def provenance_of(
+    argv: list[str], data: Data, trunk: Trunk, saved: dict[str, Any] | None
+) -> dict[str, Any]:
     """Of what a run is made; a resumed one also says whose code took the steps before."""
     provenance = {"data": data.provenance, **versions(), "command": shlex.join(argv)}
+    if trunk.about:
+        provenance["trunk"] = {k: v for k, v in trunk.about.items() if k != "config"}
     if saved:
         was = saved["provenance"]
         earlier_run = {key: was[key] for key in was if key not in ("data", "earlier")}

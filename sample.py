@@ -14,7 +14,7 @@ from data import load_data, same_split
 from generate import Sampling, generate
 from plumbing.processes import pick_device, run_main
 from run import Run, chosen_run
-from views import pred_tokens, system_tokens
+from views import frames, pred_tokens
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ def own_question(run: Run, prompt: str, system: str | None) -> Question:
         if system is None and "systems" in row:
             print(f"note: the run's questions began with {row['systems']} different system prompts;"
                   " none stands before this one, --system=... names it")
-        [before] = system_tokens([row], tokenizer, config)
-        if system and not before:
+        [(before, after, _)] = frames([row], tokenizer, config)
+        if system and before == frames([{}], tokenizer, config)[0].before:
             fail(f"{run.path} was trained without system prompts (system_prompt="
                  f"{config.system_prompt}, layout={config.layout}): none can stand before a prompt")
-        ids = [*before, *ids, tokenizer.sep]
+        ids = [*before, *ids, *after]
     elif system:
         fail(f"{run.path} was trained with views={config.views}, which has no system prompts")
     ids += pred_tokens(config, tokenizer.vocab_size)

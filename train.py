@@ -188,12 +188,18 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def make_optimizer(model: Trunk, config: Config) -> torch.optim.AdamW:
-    """AdamW over every parameter once; weight decay on matrices only."""
-    parameters = list(model.parameters())  # the tied output layer comes once
-    groups = [
+    """AdamW over every parameter once; weight decay on matrices only, and none on [PRED] where
+    that has a learning rate of its own."""
+    parameters = [p for p in model.parameters() if p.requires_grad]  # a tied output layer once
+    groups = []
+    if config.pred_rate != 1 and model.pred is not None:
+        parameters = [p for p in parameters if p is not model.pred.weight]
+        groups = [{"params": [model.pred.weight], "weight_decay": 0.0, "rate": config.pred_rate}]
+    groups += [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
@@ -238,7 +244,7 @@ def train(t: Training, folder: Folder, progress: Progress) -> dict[str, float]:
         begin, step = time.time(), progress.step
         lr = learning_rate(step, config)
         for group in t.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)
         total = train_step(t, step)
         took = time.time() - begin
 
@@ -296,7 +302,7 @@ def evaluate(t: Training, folder: Folder, progress: Progress) -> dict[str, float
 
 def main(argv: list[str]) -> None:
     started = time.time()
-    config, saved, notes = load_config(argv), None, []
+    config, saved, tokenizer, notes = load_config(argv), None, None, []
     out_dir = Path(config.out_dir)
     if any(out_dir.glob("*/ckpt.pt")):
         fail(f"out_dir={out_dir} holds other runs; name a folder of its own, as in "
@@ -304,7 +310,7 @@ def main(argv: list[str]) -> None:
     if out_dir.exists():
         claim_run(out_dir)  # before its checkpoint is read
     if config.init_from != "scratch":
-        config, saved, notes = read_to_resume(config, argv)
+        config, saved, tokenizer, notes = read_to_resume(config, argv)
     if separate_target(config) and not OBJECTIVES[config.objective].target(layout_of(config)):
         fail(f"objective={config.objective} reads its target in the row itself: stop_grad and ema "
              "have nothing to encode apart")
@@ -314,10 +320,11 @@ def main(argv: list[str]) -> None:
              "processes")
     print("\n".join(notes), end="\n" if notes else "")
     device, autocast = pick_device(config.device, config.dtype)
-    data = load_data(config)
+    data = load_data(config, tokenizer)
 
     torch.manual_seed(config.seed)
-    model = make_model(config, data.tokenizer.vocab_size).to(device)
+    about = saved and saved.get("trunk")
+    model = make_model(config, data.tokenizer.vocab_size, about).to(device)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"model {n_parameters / 1e6:.1f}M parameters, {config.max_iters} steps, run {out_dir}")
@@ -332,7 +339,7 @@ def main(argv: list[str]) -> None:
         t = t._replace(forward=DistributedDataParallel(model, find_unused_parameters=True))
         if processes.rank:  # the first process draws what a single one would, others their own
             torch.manual_seed(config.seed + processes.rank + progress.step * processes.world)
-    provenance = {**provenance_of(argv, data, saved), "parameters": n_parameters}
+    provenance = {**provenance_of(argv, data, model, saved), "parameters": n_parameters}
     folder = Folder(out_dir, data, provenance, processes.rank == 0)
     if folder.first:
         start_folder(folder, config, progress, again=evaluates(progress.step, config))

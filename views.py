@@ -18,7 +18,7 @@ import torch
 
 from config import Config
 from model import PAD, Batch
-from plumbing.tokenizers import Tokenizer
+from plumbing.tokenizers import Frame, Tokenizer
 
 # Blocks by number. TEXT, CODE and TARGET are views of an example; AGAIN is the text once more.
 TEXT, CODE, TARGET, PRED, AGAIN = 1, 2, 3, 4, 5
@@ -244,6 +244,7 @@ def stacked(examples: list[Example], config: Config) -> Columns:
         tokens += text + code
         unlabelled = 0 if config.labels == "all" else question
         is_label += [False] * unlabelled + [True] * (len(text) + len(code) - unlabelled)
+        is_label[-1] = config.label_end
         if target is None:
             target, target_begin = code, begin + len(text)
         else:
@@ -283,22 +284,23 @@ def longest_path(lengths: np.ndarray, config: Config) -> np.ndarray:
 def pair_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[Example]:
     """Text and code of each row, each with its end mark. A system prompt that is kept stands
     before both views, but the language model reads it once."""
-    systems = system_tokens(rows, tokenizer, config)
     texts = tokenizer.encode([row["text"] for row in rows])
     codes = tokenizer.encode([code_view(row["code"], config.answer_view) for row in rows])
-    return [
-        Example([*s, *t, tokenizer.sep], len(s) + len(t) + 1, [*c, tokenizer.eot],
-                [*s, *c, tokenizer.eot] if s else None)
-        for s, t, c in zip(systems, texts, codes)
-    ]  # fmt: skip
+    examples = []
+    for (before, after, alone), t, c in zip(frames(rows, tokenizer, config), texts, codes):
+        text, code = [*before, *t, *after], [*c, tokenizer.eot]
+        examples.append(Example(text, len(text), code, [*alone, *code] if alone else None))
+    return examples
 
 
-def system_tokens(rows, tokenizer: Tokenizer, config: Config) -> list[list[int]]:
-    """What stands before both views of each row; empty without a system prompt, or one to drop.
-    The isolated layout reads Enc at the code itself, before which there is no place for it."""
-    keep = config.system_prompt == "keep" and config.layout != "isolated"
-    system = [f"{row['system']}\n" if keep and row.get("system") else "" for row in rows]
-    return tokenizer.encode(system)
+def frames(rows, tokenizer: Tokenizer, config: Config) -> list[Frame]:
+    """What stands around the views of each row, its system prompt among it if that is kept. The
+    isolated layout reads Enc at the code itself, before which there is no place for one."""
+    keep, known = config.system_prompt == "keep" and config.layout != "isolated", {}
+    for system in (systems := [row.get("system", "") if keep else "" for row in rows]):
+        if system not in known:
+            known[system] = tokenizer.frame(system)
+    return [known[system] for system in systems]
 
 
 def code_view(code: str, answer_view: str) -> str:
@@ -322,13 +324,12 @@ def step_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[E
         rest = row["code"][len("".join(known)) :]
         pieces += [row["text"], "".join(known), rest, "".join(following).rstrip("\n")]
     ids = tokenizer.encode(pieces)
-    systems = system_tokens(rows, tokenizer, config)
     examples = []
-    for system, question, known, rest, following, pair in zip(
-        systems, *(ids[i::4] for i in range(4)), has_pair
+    for (before, after, alone), question, known, rest, following, pair in zip(
+        frames(rows, tokenizer, config), *(ids[i::4] for i in range(4)), has_pair
     ):
-        question = [*system, *question, tokenizer.sep]
-        target = [*system, *following, tokenizer.eot] if pair else []
+        question = [*before, *question, *after]
+        target = [*alone, *following, tokenizer.eot] if pair else []
         examples.append(Example([*question, *known], len(question), [*rest, tokenizer.eot], target))
     return examples
 

@@ -135,7 +135,7 @@ def pack(model: nn.Module) -> None:
         bias = None if layer.bias is None else layer.bias.detach().bfloat16()
         layer.forward = partial(linear, layer, partial(product, weight, bias, "none"))
         layer.fused_gelu = partial(product, weight, bias, "gelu")
-    for mlp in [module for module in model.modules() if hasattr(module, "c_fc")]:
+    for mlp in [module for module in model.modules() if hasattr(module, "gelu")]:  # model.MLP
         mlp.forward = partial(mlp_forward, mlp, mlp.c_fc.fused_gelu)
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import tiktoken
 import tiktoken.load
@@ -27,20 +27,31 @@ LONG_RUN = 100_000
 BLANKS = re.compile(r"[^\S\x1c-\x1f]+")  # Python's \s has four more than the pattern's
 
 
+class Frame(NamedTuple):
+    """The tokens that stand around the views of a pair."""
+
+    before: list[int]  # before the text
+    after: list[int]  # after the text: its end mark, or what a template begins an answer with
+    alone: list[int]  # before a code that stands alone
+
+
 class Tokenizer(Protocol):
-    """What views, data, generation and checkpoints need. User text never yields eot or sep."""
+    """What views, data, generation and checkpoints need. User text never yields special tokens."""
 
     name: str
     eot: int  # ends every code view, and is where Enc(code) is read; it stops generation
-    sep: int  # ends every text view
+    size: int  # tokens that it has
     vocab_size: int  # V, rows of the model's token table; all ids lie below
     sha256: str  # of the vocabulary
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without eot and sep; ValueError if the vocabulary lacks one."""
+        """Token ids of each text, without special ones; ValueError if the vocabulary lacks one."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; eot, sep and [PRED] are left out."""
+        """The text of ids; special tokens and [PRED] are left out."""
+
+    def frame(self, system: str) -> Frame:
+        """What stands around a text and a code, with this system prompt or, if empty, none."""
 
     def dump(self) -> str:
         """What `load_tokenizer` needs beside the name; empty if that is enough."""
@@ -54,8 +65,8 @@ class RankTokenizer:
 
     def __init__(self, name: str, ranks: dict[bytes, int]):
         self.name, self.ranks = name, ranks
-        self.eot, self.sep = len(ranks), len(ranks) + 1
-        self.vocab_size = -(-(len(ranks) + 2) // 64) * 64
+        self.eot, self.sep, self.size = len(ranks), len(ranks) + 1, len(ranks) + 2
+        self.vocab_size = -(-self.size // 64) * 64
         special = {"<|endoftext|>": self.eot, "<|sep|>": self.sep}
         self.bpe = tiktoken.Encoding(
             name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens=special
@@ -78,6 +89,10 @@ class RankTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.bpe.decode([i for i in ids if i < self.eot])
+
+    def frame(self, system: str) -> Frame:
+        before = self.encode([f"{system}\n"])[0] if system else []
+        return Frame(before, [self.sep], before)
 
     def dump(self) -> str:
         return "" if self.name == "gpt2" else self.rank_lines()
@@ -102,6 +117,10 @@ def load_tokenizer(name: str, dumped: str) -> Tokenizer:
     """The tokenizer of that name, with what its `dump` gave."""
     if name == "gpt2":
         return gpt2_tokenizer()
+    if name == "hf":
+        from plumbing.hf_tokenizer import HFTokenizer
+
+        return HFTokenizer(dumped)
     pairs = (line.split() for line in dumped.splitlines())
     return RankTokenizer(name, {base64.b64decode(token): int(rank) for token, rank in pairs})
 

