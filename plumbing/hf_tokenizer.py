@@ -15,7 +15,6 @@ from datetime import datetime
 from unittest.mock import patch
 
 from config import fail
-from plumbing.tokenizers import Frame
 
 NEEDS = "a pretrained trunk needs {}: pip install -r requirements-hf.txt"
 try:
@@ -53,10 +52,10 @@ class HFTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.bpe.decode([i for i in ids if i < self.vocab_size and i != self.eot])
 
-    def frame(self, system: str) -> Frame:
+    def frame(self, system: str) -> tuple[list[int], list[int], list[int]]:
         opening, before, after, alone = self.parts[bool(system)]
         said = self.encode([system])[0] if system else []
-        return Frame([*opening, *said, *before], after, alone)
+        return [*opening, *said, *before], after, alone
 
     def dump(self) -> str:
         return self.dumped

@@ -10,7 +10,7 @@ import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import tiktoken
 import tiktoken.load
@@ -25,14 +25,6 @@ PATTERNS = {"gpt2": GPT2_PATTERN, "bpe": GPT2_PATTERN, "words": r" [^ ]+"}  # wh
 
 LONG_RUN = 100_000
 BLANKS = re.compile(r"[^\S\x1c-\x1f]+")  # Python's \s has four more than the pattern's
-
-
-class Frame(NamedTuple):
-    """The tokens that stand around the views of a pair."""
-
-    before: list[int]  # before the text
-    after: list[int]  # after the text: its end mark, or what a template begins an answer with
-    alone: list[int]  # before a code that stands alone
 
 
 class Tokenizer(Protocol):
@@ -50,8 +42,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special tokens and [PRED] are left out."""
 
-    def frame(self, system: str) -> Frame:
-        """What stands around a text and a code, with this system prompt or, if empty, none."""
+    def frame(self, system: str) -> tuple[list[int], list[int], list[int]]:
+        """What stands before a text, after it, and before a code that stands alone (views.Frame),
+        with this system prompt or, if that is empty, none."""
 
     def dump(self) -> str:
         """What `load_tokenizer` needs beside the name; empty if that is enough."""
@@ -90,9 +83,9 @@ class RankTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.bpe.decode([i for i in ids if i < self.eot])
 
-    def frame(self, system: str) -> Frame:
+    def frame(self, system: str) -> tuple[list[int], list[int], list[int]]:
         before = self.encode([f"{system}\n"])[0] if system else []
-        return Frame(before, [self.sep], before)
+        return before, [self.sep], before
 
     def dump(self) -> str:
         return "" if self.name == "gpt2" else self.rank_lines()

@@ -51,7 +51,7 @@ def toy_trunk(monkeypatch):
     """run.make_model makes the trunk of the page, here and in training."""
     toy = code_of("new-trunk.md")["CausalMean"]
 
-    def make(config, vocab_size):
+    def make(config, vocab_size, about=None):
         return toy(config, vocab_size, layout_of(config).parents)
 
     monkeypatch.setattr(run, "make_model", make)

@@ -1,5 +1,5 @@
-"""Claims about hf.py: a pretrained model as a trunk is the model itself, in rows of blocks; one that
-does not honour the mask is refused; and what is trained of it is saved and comes back."""
+"""Claims about hf.py: a pretrained model as a trunk is the model itself, in rows of blocks; one
+that does not honour the mask is refused; and what is trained of it is saved and comes back."""
 
 import json
 import shutil

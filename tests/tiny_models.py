@@ -9,7 +9,8 @@ from conftest import sums
 
 SIZES = dict(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, intermediate_size=64, head_dim=8,
-             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+             max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+             eos_token_id=2)  # fmt: skip
 OTHERWISE = {
     "gpt2": dict(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "opt": dict(ffn_dim=64, word_embed_proj_dim=32),
