@@ -220,6 +220,9 @@ def read_to_resume(asked: Config, argv: list[str]) -> Resumed:
     path = Path(asked.out_dir) / "ckpt.pt"
     path = path if asked.init_from == "resume" else files.previous_of(path)
     saved = files.read_checkpoint(path, FORMAT)
+    if "optimizer" not in saved:
+        fail(f"{path} is a finished cell of a sweep: it holds no optimizer, so it cannot go on; "
+             "with another --out_dir it is trained anew")
     was = config_of(saved, path)
     given, recipes = parse_args(Config, argv, "")
     changed = [

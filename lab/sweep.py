@@ -37,6 +37,7 @@ from plumbing.columns import FIELDS
 from plumbing.files import (
     claim,
     has_checkpoint,
+    keep_weights_alone,
     open_log,
     owner_of,
     read_records,
@@ -48,6 +49,7 @@ from plumbing.options import convert, help_text
 from plumbing.output import stops
 from plumbing.processes import ROOT, clock, run_main
 from plumbing.stats import mean_sd, plus_minus
+from run import FORMAT
 
 USAGE = "python -m lab.sweep RECIPE --key=value,value,... [--key=value ...] [--jobs=N]"
 FIGURES = {  # of a finished cell: digits in the table; val_exact where eval_answers asks for it
@@ -231,6 +233,7 @@ def train_waiting(waiting: list[tuple[str, Cell]], jobs: int, signals: list[int]
                 running.remove(child)
                 result = result_of(child.cell)
                 if child.process.returncode == 0 and result:
+                    keep_weights_alone(child.cell.folder / "ckpt.pt", FORMAT)
                     took.append(time.time() - child.started)
                     left = statistics.fmean(took) * (len(waiting) + len(running)) / jobs
                     end = f"{summary(result)} | ETA {clock(left)}"

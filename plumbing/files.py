@@ -104,6 +104,14 @@ def write_checkpoint(path: Path, state: dict[str, Any], previous: Path | None = 
     write_whole(path, lambda file: torch.save(state, file), previous)
 
 
+def keep_weights_alone(path: Path, form: str) -> None:
+    """Take from a checkpoint what only training on needs: two thirds of it, and the one before."""
+    state = read_checkpoint(path, form)
+    to_go_on = ("optimizer", "ema", "rng", "cuda_rng")
+    write_checkpoint(path, {key: state[key] for key in state if key not in to_go_on})
+    previous_of(path).unlink(missing_ok=True)
+
+
 def write_figure(path: Path, figure, dpi: int = 110) -> None:
     """A matplotlib figure as PNG."""
     buffer = io.BytesIO()

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import error_line, sums
 
 from config import load_config
@@ -21,6 +22,7 @@ from plumbing.files import claim_run
 from plumbing.jsonl import sha256_of_rows
 from plumbing.processes import ROOT
 from plumbing.stats import mean_sd, plus_minus
+from run import FORMAT
 
 AT = Path("out/sweep-debug")
 REAL_DRAW = sweep.draw
@@ -50,7 +52,8 @@ def write_run(config, step=None, data="0" * 64, **figures):
     lines = [{"step": 0, "ce": 1.0}] + ([record] if step else [])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if step:
-        (folder / "ckpt.pt").touch()
+        torch.save({"format": FORMAT, "model": {}, "optimizer": {}}, folder / "ckpt.pt")
+        (folder / "ckpt-previous.pt").touch()
 
 
 @pytest.fixture
@@ -129,6 +132,13 @@ def test_different_values_have_different_names():
     paths = cells_of("gsm8k_nano", "--data_dir=/some/where,other", "--out_dir=elsewhere")
     assert [str(c.folder) for c in paths] == [
         "elsewhere/data_dir=_some_where", "elsewhere/data_dir=other"]  # fmt: skip
+
+
+def test_a_finished_cell_keeps_no_optimizer(trainings):
+    sweep.main(["debug", "--seed=0,1"])
+    cell = cells_of("debug", "--seed=0,1")[0]
+    assert torch.load(cell.folder / "ckpt.pt") == {"format": FORMAT, "model": {}}
+    assert not (cell.folder / "ckpt-previous.pt").exists()
 
 
 def test_train_gets_the_config_that_was_checked(trainings):
