@@ -108,7 +108,8 @@ class PretrainedTrunk(Trunk):
 
     def trained(self):
         """All weights or, with adapters, those and [PRED]."""
-        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        parameters = self.named_parameters(remove_duplicate=False)  # a tied one by both its names
+        frozen = {name for name, p in parameters if not p.requires_grad}
         return {k: v for k, v in self.state_dict().items() if not frozen or k not in frozen}
 
     def load_trained(self, state):
