@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import error_line
@@ -13,7 +14,7 @@ import run
 import train
 from generate import generate, generate_plain
 from plumbing.files import read_records
-from views import layout_of
+from views import CODE, TEXT, columns_of, fitting, layout_of
 
 ROOT = Path(train.__file__).parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "LOG.md",
@@ -28,7 +29,7 @@ def code_of(page: str) -> dict:
     return names
 
 
-@pytest.mark.parametrize("page", ["new-objective.md", "new-trunk.md"])
+@pytest.mark.parametrize("page", ["new-objective.md", "new-trunk.md", "your-own-loop.md"])
 def test_a_page_of_code_has_at_most_60_lines(page):
     assert len((ROOT / "docs" / page).read_text().splitlines()) <= 60
 
@@ -83,6 +84,75 @@ def test_a_packed_row_of_the_toy_trunk_equals_separate_passes(toy_trunk):
     packed = trunk.everywhere(torch.tensor([q + a + pred + t]), torch.tensor([[1, 1, 2, 4, 3]]))[0]
     want = torch.stack([*alone(q), alone(q + a)[-1], alone(q + pred)[-1], alone(t)[-1]])
     torch.testing.assert_close(packed, want)
+
+
+@pytest.fixture
+def own_loop(tmp_path):
+    """The page's functions and a folder with a tiny model; examples as the page and as the project
+    have them, two with one answer among them."""
+    pytest.importorskip("transformers", reason="needs requirements-hf.txt")
+    import hf
+    from tiny_models import tiny_folder
+
+    folder = str(tiny_folder(tmp_path / "llama"))
+    settings = config.Config(trunk=folder, block_size=60, n_pred=2, jepa_weight=0.7,
+                             spread_weight=1.5)  # fmt: skip
+    rows = [{"text": f"{a} + {b}", "code": f"{a}+{b}={a + b}" * (1 + a % 2)}
+            for a, b in ((1, 2), (13, 4), (5, 20), (6, 1))]  # fmt: skip
+    rows.append({"text": "four and thirteen?", "code": rows[1]["code"]})
+    tokenizer = hf.trunk_tokenizer(settings)
+    pairs = fitting(columns_of(rows, tokenizer, settings), tokenizer, settings)[0]
+    examples = [(pairs.view(i, TEXT), pairs.view(i, CODE)) for i in range(len(pairs))]
+    assert len(examples) == 5 and examples[1][1] == examples[4][1]
+    return code_of("your-own-loop.md"), folder, pairs, examples
+
+
+def test_the_own_loop_has_our_loss_and_gradients(own_loop):
+    """Against hf.load_trunk and the functions of jepa.py, weights and [PRED] of one value."""
+    import hf
+
+    page, folder, pairs, examples = own_loop
+    lm, pred = page["load"](folder, 2)
+    loss = page["loss_of"](lm, pred, examples, 0.7, 1.5)
+    loss.backward()
+
+    settings, everyone = pairs.config, np.arange(len(pairs))
+    trunk = hf.load_trunk(settings, pairs.layout.parents).eval()
+    trunk.pred.weight.data.copy_(pred.weight.data)
+    batch = pairs.pack(everyone, pairs.layout.row)
+    hidden, ce_sum = trunk(batch, jepa.pair_reads(batch.block, settings))
+    ours, groups = jepa.pair(hidden, batch.block, settings), pairs.groups(everyone)
+    want = (ce_sum / (batch.targets != -1).sum() + 0.7 * jepa.distance(*ours, "cosine", groups)
+            + 1.5 * jepa.spread(*ours, "cross", groups))  # fmt: skip
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(pred.weight.grad, trunk.pred.weight.grad, rtol=1e-4, atol=1e-6)
+    theirs, mine = dict(lm.named_parameters()), dict(trunk.lm.named_parameters())
+    assert theirs.keys() == mine.keys()
+    for name, p in theirs.items():
+        torch.testing.assert_close(p.grad, mine[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_own_loop_learns(own_loop):
+    page, folder, _, examples = own_loop
+    lm, pred = page["load"](folder)
+    groups = [{"params": lm.parameters()}, {"params": pred.parameters(), "weight_decay": 0.0}]
+    optimizer, losses, before = torch.optim.AdamW(groups, lr=1e-2), [], pred.weight.clone()
+    for _ in range(8):
+        losses.append(page["loss_of"](lm, pred, examples))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.5 and not torch.equal(pred.weight, before)
+
+
+def test_the_own_loop_warns_of_what_is_so(own_loop):
+    """With eager attention the same code gives no error and another loss."""
+    page, folder, _, examples = own_loop
+    lm, pred = page["load"](folder)
+    right = page["loss_of"](lm, pred, examples)
+    lm.set_attn_implementation("eager")
+    assert abs(page["loss_of"](lm, pred, examples) - right) > 1e-2
 
 
 def test_every_link_of_a_page_leads_somewhere():
