@@ -1,6 +1,7 @@
 """The code of the pages in docs/ runs, and does what the page says."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +92,9 @@ def own_loop(tmp_path):
     """The page's functions and a folder with a tiny model; examples as the page and as the project
     have them, two with one answer among them."""
     pytest.importorskip("transformers", reason="needs requirements-hf.txt")
-    import hf
     from tiny_models import tiny_folder
+
+    import hf
 
     folder = str(tiny_folder(tmp_path / "llama"))
     settings = config.Config(trunk=folder, block_size=60, n_pred=2, jepa_weight=0.7,
@@ -153,6 +155,20 @@ def test_the_own_loop_warns_of_what_is_so(own_loop):
     right = page["loss_of"](lm, pred, examples)
     lm.set_attn_implementation("eager")
     assert abs(page["loss_of"](lm, pred, examples) - right) > 1e-2
+
+
+def test_each_flag_of_ours_in_the_flag_table_is_a_setting():
+    """And the command on the page is one that train.py takes."""
+    page = (ROOT / "docs/from-the-official-code.md").read_text()
+    here = " ".join(line.split("|")[2] for line in page.splitlines() if line.startswith("|"))
+    named = re.findall(r"--(\w+)(?:=([\w.]+))?", here)
+    settings = asdict(config.Config())
+    assert len(named) > 25 and {name for name, _ in named} <= settings.keys()
+    for name, value in named:
+        assert not value or value in config.CHOICES.get(name, (value,))
+    [command] = re.findall(r"python train\.py ((?:.*\\\n)*.*)", page)
+    asked = config.load_config(command.replace("\\\n", " ").split())
+    assert asked.spread == "none" and asked.label_end is False and asked.min_lr == 0
 
 
 def test_every_link_of_a_page_leads_somewhere():
