@@ -1,6 +1,8 @@
 """How fast is it, on this machine, and against what?
 
+    python -m lab.bench --quick          two minutes: the five ratios that matter
     python -m lab.bench [RECIPE] [--key=value ...] [--parts=training,generation,...]
+    python -m lab.bench A.json B.json    prints the results of several machines side by side
 
 training    a JEPA step over a plain one; against nanoGPT's step and the official two-row one
 generation  against recomputing every token, and against transformers on the same weights
@@ -10,176 +12,100 @@ profile     where a step's time goes; the trunk's FLOP/s against the fastest mat
 
 What is compared takes turns in one process, so that a machine whose speed drifts slows all alike;
 figures are medians over the rounds, ratios are taken within a round and carry their quartiles.
-Prints a table per part and writes out/bench.json. transformers, which only the comparisons with it
-need, is not in requirements.txt; without it they are left out.
+Prints a table per part and writes out/bench.json (--quick: out/bench-quick.json). No arm runs in a
+dtype that the device only emulates. transformers, which only the comparisons with it need, is not
+in requirements.txt; without it they are left out.
 """
 
-import json
-import os
-import platform
-import random
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from config import Config, fail, find_recipe, load_config, parse_args
-from data import Data, jsonl_files, load_data
+from config import Config, fail, load_config, parse_args
+from data import load_data
 from generate import generate
-from jepa import OBJECTIVES
+from lab import bench_tables, timing
+from lab.bench_loading import loading
+from lab.bench_profile import profile
 from lab.peers import (
+    EXAMPLES,
     as_transformers,
     generate_theirs,
     nanogpt_step,
     official_step,
+    padded_to_block_size,
     transformers,
 )
-from model import PAD, Trunk, block_causal_mask
-from plumbing.files import write_json, write_lines
-from plumbing.processes import ROOT, Processes, pick_device, run_main, versions
-from run import make_model
-from train import Training, make_optimizer, plan, train_step
+from lab.timing import (
+    Arms,
+    Setup,
+    dtype_of,
+    dtypes,
+    quartiles_of,
+    rate,
+    start_training,
+    take_turns,
+    untrained,
+    with_config,
+    with_pairs,
+)
+from model import Trunk, block_causal_mask
+from plumbing.files import write_json
+from plumbing.processes import pick_device, run_main, versions
+from train import Training, train_step
 from views import CODE, TEXT, Pairs
 
 NO_TRANSFORMERS = "transformers is not installed: left out what is compared with it"
+NO_BF16 = "left out the arms in bf16: {} is not known to have instructions for it"
 
-ROUNDS = 10  # of each comparison, after one that is not counted
-SLOW_ROUNDS = 5  # where a round takes a minute
 NEW_TOKENS = 128
-ROWS = (10_000, 100_000, 1_000_000)  # of made-up files
+QUICK_NEW_TOKENS = 32
 TOKENS = 2048  # of a step whose rows have one of these lengths
 LENGTHS = (64, 128, 256, 512, 1024)
 BATCHES = (4, 8, 32, 64)
-
-
-class Setup(NamedTuple):
-    """What every part measures with."""
-
-    config: Config
-    data: Data
-    device: torch.device
-    autocast: Callable
-    argv: list[str]  # what load_config made the config of
+USAGE = """python -m lab.bench [RECIPE] [--key=value ...] [--quick] [--parts=a,b,...]
+       python -m lab.bench A.json B.json ...   (results side by side)
+parts: {}; all by default, --quick is two minutes"""
 
 
 def main(argv: list[str]) -> None:
     known = {"training": training, "generation": generation, "data": loading, "curves": curves,
              "profile": profile}
     if {"-h", "--help"} & set(argv):
-        usage = "python -m lab.bench [RECIPE] [--key=value ...] [--parts=a,b,...]"
-        parse_args(Config, ["--help"], f"{usage}\nparts: {', '.join(known)}; all by default")
+        parse_args(Config, ["--help"], USAGE.format(", ".join(known)))
+    if argv and all(arg.endswith(".json") for arg in argv):
+        return bench_tables.side_by_side([Path(arg) for arg in argv])
     wanted = [arg.removeprefix("--parts=") for arg in argv if arg.startswith("--parts=")]
+    is_quick = "--quick" in argv
+    if is_quick and wanted:
+        fail(f"--quick and --parts={wanted[-1]}: give one of them")
     parts = wanted[-1].split(",") if wanted else list(known)
     if set(parts) - set(known):
         fail(f"--parts={','.join(parts)}: the parts are {', '.join(known)}")
-    argv = [arg for arg in argv if not arg.startswith("--parts=")]
+    if is_quick:
+        known, parts = {"quick": quick}, ["quick"]
+    argv = [arg for arg in argv if not arg.startswith("--parts=") and arg != "--quick"]
     config = load_config(argv)
     device, autocast = pick_device(config.device, config.dtype)
+    about, dtype = timing.machine(device), dtype_of(autocast, device)
+    if device.type == "cpu" and dtype not in dtypes(device).values():
+        fail(f"dtype={config.dtype} is only emulated by {about['processor']}: --dtype=float32")
     data = load_data(config)
-    about = {"config": asdict(config), "data": data.provenance, **machine(device), **versions()}
+    about = {"config": asdict(config), "data": data.provenance, **about,
+             "dtype": str(dtype).removeprefix("torch."), **versions()}  # fmt: skip
     print(f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, torch "
           f"{about['torch']}, transformers {about['transformers']}, commit {about['commit']}")
-    path, results = Path("out/bench.json"), {}
+    if not about["has_bf16"]:
+        print(NO_BF16.format(about["processor"]))
+    path, results = Path(f"out/bench{'-quick' * is_quick}.json"), {}
     for part in parts:
         results[part] = known[part](Setup(config, data, device, autocast, argv))
         write_json(path, {**about, "parts": results})
     print(f"\nwrote {path}")
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """What the figures depend on, beside the code."""
-    processor = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    features = getattr(torch.cpu, "get_capabilities", dict)()
-    return {
-        "processor": processor, "device": str(device), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "avx512_bf16": bool(features.get("avx512_bf16")),
-        "amx_bf16": bool(features.get("amx_bf16")),
-        "transformers": transformers.__version__ if transformers else "none",
-    }  # fmt: skip
-
-
-def dtype_of(autocast, device: torch.device) -> torch.dtype:
-    """What our matrix products run in."""
-    with autocast():
-        on = torch.is_autocast_enabled(device.type)
-        return torch.get_autocast_dtype(device.type) if on else torch.float32
-
-
-# --- taking turns -----------------------------------------------------------------------------
-
-Arms = dict[str, Callable[[int], int]]  # name: a function of the round's step -> tokens it did
-
-
-def take_turns(arms: Arms, steps: list[int], device: torch.device) -> dict[str, np.ndarray]:
-    """(rounds, 2) for each arm: seconds and tokens. The first of the steps only warms up."""
-    seen = {name: [] for name in arms}
-    for step in steps:
-        for name, work in arms.items():
-            begin = now(device)
-            tokens = work(step)
-            seen[name].append((now(device) - begin, tokens))
-    return {name: np.array(rounds[1:]) for name, rounds in seen.items()}
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def quartiles_of(values) -> dict[str, float | list[float]]:
-    """Median and quartiles."""
-    low, median, high = np.percentile([float(value) for value in values], (25, 50, 75)).tolist()
-    return {"median": median, "quartiles": [low, high]}
-
-
-def shown(ratio: dict | None) -> str:
-    """A ratio and its quartiles as text; nothing where there is none."""
-    if ratio is None:
-        return ""
-    return f"{ratio['median']:.2f} ({ratio['quartiles'][0]:.2f}-{ratio['quartiles'][1]:.2f})"
-
-
-def rate(rounds: np.ndarray) -> np.ndarray:
-    """Tokens per second of each round."""
-    return rounds[:, 1] / rounds[:, 0]
-
-
-# --- what is measured -------------------------------------------------------------------------
-
-
-def untrained(setup: Setup, config: Config) -> Trunk:
-    """A model of the config as training starts from it."""
-    torch.manual_seed(config.seed)
-    return make_model(config, setup.data.tokenizer.vocab_size).to(setup.device)
-
-
-def start_training(setup: Setup, config: Config) -> Training:
-    """An untrained model, ready for steps on the training pairs."""
-    model, pairs = untrained(setup, config), replace(setup.data.pairs["train"], config=config)
-    optimizer = make_optimizer(model, config)
-    return Training(pairs, model, model, None, optimizer, setup.autocast, Processes())
-
-
-def with_config(t: Training, config: Config) -> Training:
-    """The same model and optimizer, but steps by another config."""
-    return t._replace(pairs=replace(t.pairs, config=config))
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -192,10 +118,10 @@ def training(setup: Setup) -> dict:
     done = {}  # tokens of each variant's latest step: nanoGPT's are made as large
 
     def ours(name):
-        own = with_config(t, variants[name])
+        train = step_with(with_config(t, variants[name]))
 
         def step(number):
-            done[name] = train_step(own, number)["tokens"]
+            done[name] = train(number)
             return done[name]
 
         return step
@@ -203,10 +129,10 @@ def training(setup: Setup) -> dict:
     arms: Arms = {name: ours(name) for name in variants}
     half = replace(t.pairs, config=variants["JEPA, stop_grad, dropout .5"])
     steps = steps_by_turns(half)
-    rounds = take_turns(arms, [steps[-1], *steps[:ROUNDS]], device)
+    rounds = take_turns("variants", arms, [steps[-1], *steps[: timing.ROUNDS]], device)
 
     against: Arms = {name: arms[name] for name in ("CE only", "JEPA")}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, dtype in dtypes(device).items():
         against[f"nanoGPT, {name}"] = nanogpt_step(
             t.pairs, config, lambda: done["CE only"], device, dtype
         )
@@ -214,25 +140,30 @@ def training(setup: Setup) -> dict:
             against[f"official two rows, {name}"] = official_step(
                 t.pairs, variants["JEPA"], device, dtype
             )
-    peers = take_turns(against, [steps[-1], *steps[:SLOW_ROUNDS]], device)
+    peers = take_turns("peers", against, [steps[-1], *steps[: timing.SLOW_ROUNDS]], device)
 
     # nanoGPT has a label at every token, our rows at the answer's only: part of the difference.
-    examples = np.concatenate([half.batch(step) for step in steps[:ROUNDS]])
+    examples = np.concatenate([half.batch(step) for step in steps[: timing.ROUNDS]])
     lengths = half.lengths[examples]
     answers = lengths[:, CODE - 1].sum() / lengths[:, [TEXT - 1, CODE - 1]].sum()
     seen = {**peers, **rounds}
     results = {
-        "rounds": ROUNDS, "share_of_answers": float(answers),
+        "rounds": timing.ROUNDS, "share_of_answers": float(answers),
         "arms": {name: arm_result(name, seen[name], rounds) for name in seen},
-        "ratios": {f"{ours_is} over {peer}": quartiles_of(rate(peers[ours_is]) / rate(peers[peer]))
+        "ratios": {f"{ours_is} over {peer}": faster(peers[ours_is], peers[peer])
                    for peer, ours_is in compared(peers)},
     }  # fmt: skip
-    print_training(results, compared(peers))
+    bench_tables.print_training(results)
     if not transformers:
         print(NO_TRANSFORMERS)
     elif config.views != "pairs":
         print(f"the official recipe trains on pairs, not {config.views}: left out")
     return results
+
+
+def step_with(t: Training) -> Callable[[int], int]:
+    """An arm: a step of training, which gives its tokens."""
+    return lambda number: train_step(t, number)["tokens"]
 
 
 def variants_of(config: Config) -> dict[str, Config]:
@@ -262,6 +193,11 @@ def compared(peers: dict[str, np.ndarray]) -> list[tuple[str, str]]:
             for name in peers if name not in ("CE only", "JEPA")]  # fmt: skip
 
 
+def faster(ours: np.ndarray, theirs: np.ndarray) -> dict:
+    """How many times the tokens per second of theirs ours has."""
+    return quartiles_of(rate(ours) / rate(theirs))
+
+
 def arm_result(name: str, seen: np.ndarray, rounds: dict[str, np.ndarray]) -> dict:
     """Milliseconds and speed of one arm; for ours, in `rounds`, the time over a CE-only step."""
     seconds, over = seen[:, 0], None
@@ -274,83 +210,76 @@ def arm_result(name: str, seen: np.ndarray, rounds: dict[str, np.ndarray]) -> di
             "tokens_per_second": quartiles_of(rate(seen))}  # fmt: skip
 
 
-def print_training(results: dict, compared: list[tuple[str, str]]) -> None:
-    print(f"\ntraining, real (unpadded) tokens, {results['share_of_answers']:.0%} of our plain "
-          f"row's in the answer\n{'':<30}{'ms a step':>10}{'tokens/s':>10}"
-          f"{'step over CE only':>22}")  # fmt: skip
-    for name, arm in results["arms"].items():
-        print(f"{name:<30}{arm['ms']:>10,.0f}{arm['tokens_per_second']['median']:>10,.0f}"
-              f"{shown(arm['over_ce_only']):>22}")
-    for name, ours_is in compared:
-        ratio = results["ratios"][f"{ours_is} over {name}"]
-        print(f"{ours_is} has {shown(ratio)} times the tokens/s of {name}")
-
-
 # --- generation -------------------------------------------------------------------------------
 
 
 def generation(setup: Setup) -> dict:
     """Greedy, on untrained weights; no token is an end of text, so that all rows run to the end."""
-    config, held_out = setup.config, setup.data.pairs["val"]
-    room = config.block_size - NEW_TOKENS
-    prompts = [held_out.view(example, TEXT) for example in range(len(held_out))]
-    prompts = [prompt for prompt in prompts if len(prompt) <= room]
-    if len(prompts) < 64:
-        why = (f"left out: needs 64 held-out questions of at most {room} tokens (block_size less "
-               f"{NEW_TOKENS}), got {len(prompts)}")
+    prompts, why = some_prompts(setup, 64, NEW_TOKENS)
+    if why:
         print(f"\ngeneration {why}")
         return {"skipped": why}
-    model = untrained(setup, config).eval()
-    theirs = None
+    model, theirs = untrained(setup, setup.config).eval(), None
     if transformers:
-        dtype = dtype_of(setup.autocast, setup.device)
-        theirs = as_transformers(model, config).to(dtype)
+        theirs = as_transformers(model, setup.config).to(dtype_of(setup.autocast, setup.device))
 
-    results = {"rounds": SLOW_ROUNDS, "new_tokens": NEW_TOKENS, "batches": {}}
-    lengths = [len(prompt) for prompt in prompts[:64]]
-    print(f"\ngeneration, {NEW_TOKENS} new tokens a row, greedy, prompts of {min(lengths)} to "
-          f"{max(lengths)} tokens\n"
-          f"{'batch':>5}  {'':<16}{'ms a step':>12}{'tokens/s':>10}{'ours is faster by':>22}")
+    lengths = [len(prompt) for prompt in prompts]
+    results = {"rounds": timing.SLOW_ROUNDS, "new_tokens": NEW_TOKENS,
+               "prompt_tokens": [min(lengths), max(lengths)], "batches": {}}  # fmt: skip
     for B in (1, 16, 64):
-        arms = generation_arms(setup, model, theirs, prompts[:B])
+        arms = generation_arms(setup, model, prompts[:B], NEW_TOKENS)
         if B == 16:
             del arms["without a cache"]
-        rounds = take_turns(arms, list(range(SLOW_ROUNDS + 1)), setup.device)
-        results["batches"][B] = {}
-        for name, seen in rounds.items():
-            rates = quartiles_of(rate(seen))
-            faster = None if name == "ours" else quartiles_of(rate(rounds["ours"]) / rate(seen))
-            results["batches"][B][name] = {"tokens_per_second": rates, "ours_is_faster_by": faster}
-            print(f"{B:>5}  {name:<16}{1e3 * B / rates['median']:>12.1f}{rates['median']:>10,.0f}"
-                  f"{shown(faster):>22}")
+        if theirs:
+            eot = setup.data.tokenizer.eot
+            arms["transformers"] = lambda _, rows=prompts[:B], eot=eot: generate_theirs(
+                theirs, rows, NEW_TOKENS, eot).numel()  # fmt: skip
+        steps = list(range(timing.SLOW_ROUNDS + 1))
+        rounds = take_turns(f"generation, batch {B}", arms, steps, setup.device)
+        results["batches"][B] = {
+            name: {"tokens_per_second": quartiles_of(rate(seen)),
+                   "ours_is_faster_by": None if name == "ours" else faster(rounds["ours"], seen)}
+            for name, seen in rounds.items()
+        }  # fmt: skip
+    bench_tables.print_generation(results)
     if not transformers:
         print(NO_TRANSFORMERS)
     return results
 
 
-def generation_arms(setup: Setup, model: Trunk, theirs, prompts: list[list[int]]) -> Arms:
-    """Ways to continue these prompts by NEW_TOKENS each."""
+def some_prompts(setup: Setup, n: int, new_tokens: int) -> tuple[list[list[int]], str]:
+    """n held-out questions that leave room for new_tokens; or why there are not as many."""
+    held_out, block_size = setup.data.pairs["val"], setup.config.block_size
+    room = block_size - new_tokens
+    prompts = [held_out.view(example, TEXT) for example in range(len(held_out))]
+    prompts = [prompt for prompt in prompts if len(prompt) <= room]
+    if len(prompts) >= n:
+        return prompts[:n], ""
+    return [], (f"left out: needs {n} held-out questions of at most {room} tokens (block_size less "
+                f"{new_tokens}), got {len(prompts)}")  # fmt: skip
+
+
+def generation_arms(
+    setup: Setup, model: Trunk, prompts: list[list[int]], new_tokens: int
+) -> Arms:
+    """Our ways to continue these prompts by new_tokens each."""
     B = len(prompts)
 
     def ours(_):
         with setup.autocast():  # the end of text is an id that cannot be drawn
-            rows = generate(model, prompts, NEW_TOKENS, eot=model.vocab_size)
-        assert all(len(row) == NEW_TOKENS for row in rows)
-        return B * NEW_TOKENS
+            rows = generate(model, prompts, new_tokens, eot=model.vocab_size)
+        assert all(len(row) == new_tokens for row in rows)
+        return B * new_tokens
 
     def uncached(_):
         """Every eighth token, each the whole pass that it takes: all would be minutes."""
-        seen = range(4, NEW_TOKENS, 8)
+        seen = range(4, new_tokens, 8)
         for t in seen:
             with setup.autocast():
                 next_tokens(model, [prompt + prompt[-1:] * t for prompt in prompts])
         return B * len(seen)
 
-    arms: Arms = {"ours": ours, "without a cache": uncached}
-    if theirs:
-        eot = setup.data.tokenizer.eot
-        arms["transformers"] = lambda _: generate_theirs(theirs, prompts, NEW_TOKENS, eot).numel()
-    return arms
+    return {"ours": ours, "without a cache": uncached}
 
 
 @torch.inference_mode()
@@ -367,96 +296,6 @@ def next_tokens(trunk: Trunk, rows: list[list[int]]) -> torch.Tensor:
     return trunk.logits(hidden).float().argmax(-1)
 
 
-# --- data -------------------------------------------------------------------------------------
-
-# What a fresh process does until it has a batch.
-FRESH = """
-import json, resource, sys, time
-from config import load_config
-from data import load_data
-config = load_config(sys.argv[1:])
-begin = time.perf_counter()
-train = load_data(config).pairs["train"]
-train.pack(train.batch(0), train.layout.row)
-seconds = time.perf_counter() - begin
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(train)]))
-"""
-
-
-def loading(setup: Setup) -> dict:
-    """From a file to the first batch in fresh processes: cold, and warm with its tokens on disk.
-    Then files of more and more pairs, 20 words each."""
-    results = {"rounds": SLOW_ROUNDS}
-    print(f"\nfrom file to first batch{'':<8}{'training pairs':>16}{'cold, s':>10}{'warm, s':>10}"
-          f"{'peak, MB':>12}{'warm':>8}")
-    argv, own = from_anywhere(setup)
-    with tempfile.TemporaryDirectory() as folder:
-        sets = {setup.data.provenance["dataset"]: own}
-        for n in ROWS:
-            sets[f"{n:,} pairs"] = [f"--dataset={make_pairs(Path(folder) / f'{n}.jsonl', n)}"]
-        for name, options in sets.items():
-            rounds = [load_twice([*argv, *options]) for _ in range(SLOW_ROUNDS)]
-            results[name] = {"pairs": rounds[0][0].pairs}
-            for state, loads in zip(("cold", "warm"), zip(*rounds)):
-                results[name][state] = {"seconds": quartiles_of(load.seconds for load in loads),
-                                        "MB": quartiles_of(load.megabytes for load in loads)}
-            cold, warm = results[name]["cold"], results[name]["warm"]
-            print(f"{name:<32}{results[name]['pairs']:>16,}{cold['seconds']['median']:>10.2f}"
-                  f"{warm['seconds']['median']:>10.2f}{cold['MB']['median']:>12,.0f}"
-                  f"{warm['MB']['median']:>8,.0f}")
-    return results
-
-
-def from_anywhere(setup: Setup) -> tuple[list[str], list[str]]:
-    """The command line without relative paths, and an option that names the data by a whole one:
-    a fresh process runs in another folder."""
-    argv = [arg if arg.startswith("--") else str(find_recipe(arg).resolve()) for arg in setup.argv]
-    config = setup.config
-    if config.dataset.endswith((".jsonl", ".txt")):
-        return argv, [f"--dataset={Path(config.dataset).resolve()}"]
-    if files := jsonl_files(config):
-        return argv, [f"--data_dir={files['train'].resolve().parent}"]
-    return argv, []
-
-
-class Load(NamedTuple):
-    """What a fresh process took to its first batch."""
-
-    seconds: float
-    megabytes: float  # at its peak
-    pairs: int  # to train on
-
-
-def load_twice(argv: list[str]) -> list[Load]:
-    """Two fresh processes one after the other; the first finds no tokens on disk."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    loads = []
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):
-            done = subprocess.run([sys.executable, "-c", FRESH, *argv], capture_output=True,
-                                  text=True, cwd=folder, env={**os.environ, "PYTHONPATH": path})
-            if done.returncode:
-                fail(f"a fresh process could not load: {done.stderr.strip()[-200:]}")
-            seconds, peak, n_pairs = json.loads(done.stdout.splitlines()[-1])
-            megabytes = peak / (1e6 if sys.platform == "darwin" else 1e3)
-            loads.append(Load(seconds, megabytes, n_pairs))
-    return loads
-
-
-def make_pairs(path: Path, n: int) -> Path:
-    """A file of n pairs of made-up words, all different."""
-    r = random.Random(0)
-    words = [a + b for a in "bcdfghklmnprst" for b in ("ar", "en", "il", "od", "un", "ast", "ell")]
-
-    def rows() -> Iterator[dict[str, str]]:
-        for i in range(n):
-            yield {"text": f"{' '.join(r.choices(words, k=12))} {i}",
-                   "code": f"{i} {' '.join(r.choices(words, k=8))}"}  # fmt: skip
-
-    write_lines(path, rows())
-    return path
-
-
 # --- curves -----------------------------------------------------------------------------------
 
 
@@ -467,22 +306,19 @@ def curves(setup: Setup) -> dict:
     t = start_training(setup, config)
 
     def step_of(B, T):
-        own = t._replace(pairs=made_up(config, setup.data.tokenizer.vocab_size, B, T))
-        return lambda _: train_step(own, 0)["tokens"]
+        own = with_pairs(t, made_up(config, setup.data.tokenizer.vocab_size, B, T))
+        return step_with(own)
 
     shapes = [(TOKENS // T, T) for T in LENGTHS] + [(B, LENGTHS[1]) for B in BATCHES]
     arms: Arms = {f"{B} x {T}": step_of(B, T) for B, T in shapes}
-    rounds = take_turns(arms, list(range(SLOW_ROUNDS + 1)), setup.device)
-    results = {"rounds": SLOW_ROUNDS, "shapes": {}}
-    print(f"\na step of rows x tokens of text and code{'ms':>12}{'us a token':>12}")
-    for name, seen in rounds.items():
-        each = quartiles_of(1e6 * seen[:, 0] / seen[:, 1])
-        results["shapes"][name] = {"ms": quartiles_of(1e3 * seen[:, 0]), "us_per_token": each}
-        print(f"{name:<40}{1e3 * statistics.median(seen[:, 0]):>12,.0f}{each['median']:>12.1f}")
+    rounds = take_turns("curves", arms, list(range(timing.SLOW_ROUNDS + 1)), setup.device)
     long, longer = (f"{TOKENS // T} x {T}" for T in LENGTHS[-2:])
     power = 1 + quartiles_of(np.log2(rate(rounds[long]) / rate(rounds[longer])))["median"]
-    results["power_of_length"] = power
-    print(f"doubling the longest rows makes one cost 2^{power:.2f} (attention alone: 2^2)")
+    shapes = {name: {"ms": quartiles_of(1e3 * seen[:, 0]),
+                     "us_per_token": quartiles_of(1e6 * seen[:, 0] / seen[:, 1])}
+              for name, seen in rounds.items()}  # fmt: skip
+    results = {"rounds": timing.SLOW_ROUNDS, "shapes": shapes, "power_of_length": power}
+    bench_tables.print_curves(results)
     return results
 
 
@@ -497,129 +333,51 @@ def made_up(config: Config, vocab_size: int, B: int, T: int) -> Pairs:
     )  # fmt: skip
 
 
-# --- profile ----------------------------------------------------------------------------------
-
-PHASES = ("data", "trunk, forward", "output layer and loss, forward",
-          "output layer and loss, backward", "trunk, backward",
-          "clipping and optimizer")  # fmt: skip
+# --- the quick look ---------------------------------------------------------------------------
 
 
-def profile(setup: Setup) -> dict:
-    """Seconds of the phases of train_step, by hooks on the model and on gradients."""
-    config, device = setup.config, setup.device
-    # One batch packed into one row per example, or hooks would see two passes.
-    once = replace(config, gradient_accumulation_steps=1, stop_grad=False, ema=0.0)
+def quick(setup: Setup) -> dict:
+    """The ratios that matter, in two minutes. Rows of other kinds and ours step on the same
+    EXAMPLES examples, so that rows are compared and not batches."""
+    config, device, variants = setup.config, setup.device, variants_of(setup.config)
+    few = replace(variants["JEPA"], batch_size=EXAMPLES, gradient_accumulation_steps=1)
     t = start_training(setup, config)
-    arms = {
-        "CE only": with_config(t, replace(once, jepa_weight=0.0)),
-        "JEPA": with_config(t, replace(once, jepa_weight=config.jepa_weight or 1.0,
-                                       jepa_dropout=0.0)),
-    }  # fmt: skip
-    stamps = stamped_phases(arms["CE only"])
-    dtype = dtype_of(setup.autocast, device)
-    matrices = [torch.randn(2, n, n, device=device).to(dtype) for n in (1024, 2048)]
-    seconds, flops = {name: [] for name in arms}, {name: [] for name in arms}
-    ceiling = []
-    for number in range(ROUNDS + 1):
-        for name, arm in arms.items():
-            stamps[:] = [now(device)]
-            train_step(arm, number)
-            stamps.append(now(device))
-            assert len(stamps) == len(PHASES) + 1
-            seconds[name].append(np.diff(stamps))
-            flops[name].append(trunk_flops(arm, number))
-        ceiling.append(fastest_product(matrices, device))
+    ours = with_config(t, few)
+    arms: Arms = {
+        "CE only": step_with(with_config(t, variants["CE only"])),
+        "JEPA": step_with(with_config(t, variants["JEPA"])),
+        "one row": step_with(ours),
+        "one row, padded": step_with(with_pairs(t, padded_to_block_size(ours.pairs))),
+    }
+    left_out = []
+    if not transformers:
+        left_out.append(NO_TRANSFORMERS)
+    elif config.views != "pairs":
+        left_out.append(f"the official recipe trains on pairs, not {config.views}: left out")
+    else:
+        dtype = dtype_of(setup.autocast, device)
+        for name, padded in (("two rows", False), ("two rows, padded", True)):
+            arms[name] = official_step(ours.pairs, few, device, dtype, padded)
+    steps = list(range(timing.QUICK_ROUNDS + 1))
+    rounds = take_turns("training", arms, steps, device)
+    ratios = {"JEPA step over CE-only step, time":
+              quartiles_of(rounds["JEPA"][:, 0] / rounds["CE only"][:, 0])}  # fmt: skip
+    for name in [name for name in arms if name not in ("CE only", "JEPA", "one row")]:
+        against = name.replace("padded", f"padded to {config.block_size}")
+        ratios[f"one row over {against}, speed"] = faster(rounds["one row"], rounds[name])
 
-    ceiling = np.array(ceiling[1:])  # the first round only warms up
-    results = {"rounds": ROUNDS, "ceiling_flops_per_second": quartiles_of(ceiling),
-               "ceiling_dtype": str(dtype), "arms": {}}  # fmt: skip
-    for name, arm in arms.items():
-        spent = np.array(seconds[name][1:])  # (rounds, phases)
-        speed = np.array(flops[name][1:]) / spent[:, [1, 4]].sum(1)
-        results["arms"][name] = {
-            "seconds": {p: quartiles_of(s) for p, s in zip(PHASES, spent.T)},
-            "share": {p: quartiles_of(s) for p, s in zip(PHASES, spent.T / spent.sum(1))},
-            "padding": padding(arm), "trunk_flops_per_second": quartiles_of(speed),
-            "trunk_over_ceiling": quartiles_of(speed / ceiling),
-        }  # fmt: skip
-    print_profile(results)
+    prompts, why = some_prompts(setup, 16, QUICK_NEW_TOKENS)
+    if why:
+        left_out.append(f"generation {why}")
+    else:
+        ways = generation_arms(setup, untrained(setup, config).eval(), prompts, QUICK_NEW_TOKENS)
+        spoken = take_turns("generation", ways, steps, device)
+        ratios["generation, batch 16: cached over not, speed"] = faster(*spoken.values())
+    seconds = {name: statistics.median(seen[:, 0]) for name, seen in rounds.items()}
+    results = {"rounds": timing.QUICK_ROUNDS, "seconds": seconds, "ratios": ratios,
+               "left_out": left_out}  # fmt: skip
+    bench_tables.print_quick(results)
     return results
-
-
-def stamped_phases(t: Training) -> list[float]:
-    """A list to which each step of the model adds the times at which it goes from one of PHASES to
-    the next; the caller adds the step's begin and end."""
-    model, stamps = t.model, []
-    last, logits = last_gradient(t), model.logits
-
-    def stamp(*_):
-        stamps.append(now(model.device))
-
-    def stamped_logits(hidden):
-        stamp()
-        hidden.register_hook(stamp)  # called once its gradient, and the layer's weights', is done
-        return logits(hidden)
-
-    model.register_forward_pre_hook(stamp)
-    model.logits = stamped_logits
-    model.register_forward_hook(stamp)
-    last.register_post_accumulate_grad_hook(stamp)
-    return stamps
-
-
-def last_gradient(t: Training) -> torch.nn.Parameter:
-    """The parameter whose gradient comes last: with it, backward is over. Takes a step to see."""
-    order = []
-    hooks = [p.register_post_accumulate_grad_hook(order.append) for p in t.model.parameters()]
-    train_step(t, 0)
-    for hook in hooks:
-        hook.remove()
-    return order[-1]
-
-
-def trunk_flops(t: Training, step: int) -> int:
-    """Operations of a step but for its output layer, forward and backward."""
-    config, batch = t.pairs.config, plan(t, step, 0).batch
-    read = OBJECTIVES[config.objective].reads(batch.block, config) | (batch.targets != -1)
-    return 3 * t.model.flops(batch._replace(targets=None), read)
-
-
-def fastest_product(matrices: list[torch.Tensor], device: torch.device) -> float:
-    """Operations a second of the fastest of a few products of two matrices, (2, n, n) each."""
-    best = 0.0
-    for a, b in matrices:
-        for _ in range(3):
-            begin = now(device)
-            a @ b
-            best = max(best, 2 * len(a) ** 3 / (now(device) - begin))
-    return best
-
-
-def padding(t: Training) -> float:
-    """Share of an epoch's positions that hold no token."""
-    steps = range(len(t.pairs) // t.pairs.config.batch_size)
-    blocks = [plan(t, step, 0).batch.block for step in steps]
-    return sum((b == PAD).sum().item() for b in blocks) / sum(b.numel() for b in blocks)
-
-
-def print_profile(results: dict) -> None:
-    arms = results["arms"]
-    print("\nwhere a step's time goes, ms (share)")
-    print(f"{'':<34}" + "".join(f"{name:>18}" for name in arms))
-    rows = [
-        (phase, lambda arm, phase=phase: f"{1e3 * arm['seconds'][phase]['median']:,.0f} "
-                                         f"({arm['share'][phase]['median']:.1%})")
-        for phase in PHASES
-    ]  # fmt: skip
-    rows += [
-        ("padding, over an epoch", lambda arm: f"{arm['padding']:.1%}"),
-        ("trunk, GFLOP/s", lambda arm: f"{arm['trunk_flops_per_second']['median'] / 1e9:,.0f}"),
-        ("of the fastest matrix product", lambda arm: shown(arm["trunk_over_ceiling"])),
-    ]
-    for title, cell in rows:
-        print(f"{title:<34}" + "".join(f"{cell(arm):>18}" for arm in arms.values()))
-    ceiling = results["ceiling_flops_per_second"]["median"]
-    print(f"fastest matrix product, {results['ceiling_dtype']}: {ceiling / 1e9:,.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

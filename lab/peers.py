@@ -5,14 +5,14 @@ Each step is a function of its number that trains once and gives the tokens it c
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from config import Config, fail
-from model import GPT, PAD
+from model import GPT, PAD, Batch
 from train import make_optimizer
 from views import CODE, TEXT, Pairs
 
@@ -68,20 +68,36 @@ def nanogpt_step(pairs: Pairs, config: Config, n_tokens: Callable[[], int], devi
     return step
 
 
-def official_step(pairs: Pairs, config: Config, device, dtype):
+class PaddedPairs(Pairs):
+    """Pairs whose rows are padded to block_size, however short they are."""
+
+    def pack(self, examples, blocks, has_jepa=True):
+        idx, block, targets = super().pack(examples, blocks, has_jepa)
+        room = max(0, self.config.block_size - idx.size(1))
+        return Batch(*(F.pad(rows, (0, room), value=fill)
+                       for rows, fill in ((idx, 0), (block, PAD), (targets, -1))))  # fmt: skip
+
+
+def padded_to_block_size(pairs: Pairs) -> PaddedPairs:
+    return PaddedPairs(*(getattr(pairs, field.name) for field in fields(pairs)))
+
+
+def official_step(pairs: Pairs, config: Config, device, dtype, padded: bool = True):
     """A step of the official recipe: per example a row [q a], with labels, and a row [q P | a],
-    whose halves an additive mask keeps apart, in one batch; padded to block_size; logits
-    everywhere; the gradient through both views. Its tokens are those that our row needs."""
+    whose halves an additive mask keeps apart, in one batch; logits everywhere; the gradient through
+    both views. As shipped its rows are `padded` to block_size, else to the longest of the batch.
+    Its tokens are those that our row needs."""
     pairs = replace(pairs, config=config)
-    T, k, V = config.block_size, config.n_pred, pairs.vocab_size
+    k, V = config.n_pred, pairs.vocab_size
     model = empty_gpt2(config, V + k).to(device).train()
     optimizer = make_optimizer(model, config)
 
     def step(number):
         examples = pairs.batch(number)
-        fits = pairs.lengths[examples][:, [TEXT - 1, CODE - 1]].sum(1) + k <= T
-        examples = examples[fits][:EXAMPLES]
-        B = len(examples)
+        lengths = pairs.lengths[examples][:, [TEXT - 1, CODE - 1]].sum(1) + k
+        fits = np.flatnonzero(lengths <= config.block_size)[:EXAMPLES]
+        examples, B = examples[fits], len(fits)
+        T = config.block_size if padded else int(lengths[fits].max())
         n_tokens = (pairs.pack(examples, pairs.layout.row).block != PAD).sum().item()
         idx = torch.zeros(2 * B, T, dtype=torch.long)
         labels = torch.full((2 * B, T), -100)

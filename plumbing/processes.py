@@ -99,12 +99,7 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
     if dtype not in CHOICES["dtype"]:
         fail(f"dtype={dtype} is not one of {', '.join(CHOICES['dtype'])}")
     if dtype == "auto":
-        if chosen.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # without these instructions a CPU is slower in bf16 than in fp32
-            has = getattr(torch.cpu, "get_capabilities", dict)() if chosen.type == "cpu" else {}
-            fast = has.get("avx512_bf16") or has.get("amx_bf16")
-        dtype = "bfloat16" if fast else "float32"
+        dtype = "bfloat16" if has_bf16(chosen) else "float32"
     keep_memory(chosen)
 
     def autocast():
@@ -115,6 +110,14 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
     threads = f", {torch.get_num_threads()} threads" if chosen.type == "cpu" else ""
     print(f"device {chosen} {dtype}{threads}")
     return chosen, autocast
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Has the device instructions for bf16? One that only emulates it is slower than in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def keep_memory(device: torch.device) -> None:

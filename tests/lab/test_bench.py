@@ -11,9 +11,9 @@ from conftest import TINY, error_line, sums
 import data
 from config import Config
 from generate import generate, generate_plain
-from lab import bench, peers
-from model import Batch
-from plumbing.processes import pick_device
+from lab import bench, bench_loading, bench_profile, bench_tables, peers, timing
+from model import PAD, Batch
+from plumbing.processes import has_bf16, pick_device
 from run import make_model
 from train import train_step
 
@@ -73,15 +73,17 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = {"train": sums(200), "val": sums(70, 500)}
     monkeypatch.setattr(data, "load_rows", lambda config: (dict(rows), "sums", "test"))
-    for name, value in (
-        ("ROUNDS", 4), ("SLOW_ROUNDS", 1), ("NEW_TOKENS", 16), ("ROWS", (300,)), ("TOKENS", 128),
-        ("LENGTHS", (8, 16, 32)), ("BATCHES", (2,)),
+    for module, name, value in (
+        (timing, "ROUNDS", 4), (timing, "SLOW_ROUNDS", 1), (timing, "QUICK_ROUNDS", 2),
+        (bench, "NEW_TOKENS", 16), (bench, "QUICK_NEW_TOKENS", 16), (bench, "TOKENS", 128),
+        (bench, "LENGTHS", (8, 16, 32)), (bench, "BATCHES", (2,)), (bench_loading, "ROWS", (300,)),
     ):
-        monkeypatch.setattr(bench, name, value)
+        monkeypatch.setattr(module, name, value)
 
     def run(*argv):
         bench.main([*TINY, *argv])
-        return json.loads((tmp_path / "out/bench.json").read_text())
+        [report] = (tmp_path / "out").glob("bench*.json")
+        return json.loads(report.read_text())
 
     return run
 
@@ -90,25 +92,25 @@ def start(*argv):
     """What every part measures with, on the sums of `small`, and a model about to train."""
     config = bench.load_config([*TINY, *argv])
     device, autocast = pick_device(config.device, config.dtype)
-    setup = bench.Setup(config, data.load_data(config), device, autocast, [])
-    return setup, bench.start_training(setup, config)
+    setup = timing.Setup(config, data.load_data(config), device, autocast, [])
+    return setup, timing.start_training(setup, config)
 
 
 def test_the_phases_are_all_of_a_step_and_change_nothing_of_it(small):
     """They come in the order of PHASES, and the step with them is the step that trains."""
     _, plain = start()
     _, watched = start()
-    stamps = bench.stamped_phases(watched)
+    stamps = bench_profile.stamped_phases(watched)
     train_step(plain, 0)  # as the one by which the last gradient is found
     for step in range(2):
         stamps.clear()
         assert train_step(plain, step) == train_step(watched, step)
-        assert len(stamps) == len(bench.PHASES) - 1 and stamps == sorted(stamps)
+        assert len(stamps) == len(bench_profile.PHASES) - 1 and stamps == sorted(stamps)
 
 
 def test_the_last_gradient_ends_backward(small):
     _, t = start()
-    last, without = bench.last_gradient(t), []
+    last, without = bench_profile.last_gradient(t), []
     last.register_post_accumulate_grad_hook(
         lambda _: without.append(sum(p.grad is None for p in t.model.parameters())))  # fmt: skip
     train_step(t, 1)
@@ -117,9 +119,9 @@ def test_the_last_gradient_ends_backward(small):
 
 def test_the_trunk_and_the_output_layer_are_all_of_the_operations(small):
     _, t = start()
-    batch = bench.plan(t, 0, 0).batch
+    batch = bench_profile.plan(t, 0, 0).batch
     output_layer = 6 * t.model.width * t.model.vocab_size * (batch.targets != -1).sum().item()
-    assert bench.trunk_flops(t, 0) + output_layer == train_step(t, 0)["flops"]
+    assert bench_profile.trunk_flops(t, 0) + output_layer == train_step(t, 0)["flops"]
 
 
 def test_ours_are_the_steps_that_are_named(small):
@@ -128,8 +130,8 @@ def test_ours_are_the_steps_that_are_named(small):
     variants = bench.variants_of(t.pairs.config)
     assert not any(variant.ema for variant in variants.values())
     carries, spared = bench.steps_by_turns(
-        bench.with_config(t, variants["JEPA, stop_grad, dropout .5"]).pairs)[:2]  # fmt: skip
-    tokens = {name: [train_step(bench.with_config(t, variant), step)["tokens"]
+        timing.with_config(t, variants["JEPA, stop_grad, dropout .5"]).pairs)[:2]  # fmt: skip
+    tokens = {name: [train_step(timing.with_config(t, variant), step)["tokens"]
                      for step in (carries, spared)] for name, variant in variants.items()}
     assert tokens["JEPA"] == tokens["JEPA, stop_grad"]
     assert all(more > less for more, less in zip(tokens["JEPA"], tokens["CE only"]))
@@ -155,7 +157,8 @@ def numbers(tree):
 def test_training_and_profile_report_every_arm(small, capsys):
     results = small("--parts=training,profile", "--jepa_weight=0")
     arms = results["parts"]["training"]["arms"]
-    assert {"CE only", "JEPA", "JEPA, stop_grad", "nanoGPT, fp32", "nanoGPT, bf16"} <= set(arms)
+    assert {"CE only", "JEPA", "JEPA, stop_grad", "nanoGPT, fp32"} <= set(arms)
+    assert ("nanoGPT, bf16" in arms) == has_bf16(torch.device("cpu"))
     assert ("official two rows, fp32" in arms) == bool(bench.transformers)
     assert arms["CE only"]["over_ce_only"]["median"] == 1
     profile = results["parts"]["profile"]["arms"]
@@ -175,8 +178,8 @@ def test_generation_data_and_curves_report_every_arm(small):
     batches = results["parts"]["generation"]["batches"]
     assert set(batches) == {"1", "16", "64"} and "without a cache" in batches["64"]
     loading, curves = (results["parts"][part] for part in ("data", "curves"))
-    assert loading["300 pairs"]["pairs"] == 270  # a tenth is for validation
-    assert {"cold", "warm"} < set(loading["sums"])
+    assert loading["sets"]["300 pairs"]["pairs"] == 270  # a tenth is for validation
+    assert {"cold", "warm"} < set(loading["sets"]["sums"])
     assert set(curves["shapes"]) == {"16 x 8", "8 x 16", "4 x 32", "2 x 16"}
     assert all(math.isfinite(n) and n > 0 for n in numbers([batches, loading, curves["shapes"]]))
 
@@ -211,3 +214,97 @@ def test_help_names_the_module_and_its_parts(small, capsys):
 def test_an_unknown_part_is_refused(small, capsys):
     line = error_line(capsys, small, "--parts=training,speed")
     assert "speed" in line and "profile" in line
+
+
+# --- the quick look, dtypes, several machines -------------------------------------------------
+
+
+def test_quick_reports_its_ratios_and_a_line_per_round(small, capsys):
+    report = small("--quick")
+    assert Path("out/bench-quick.json").exists() and set(report["parts"]) == {"quick"}
+    ratios = report["parts"]["quick"]["ratios"]
+    rows = ["", ", padded to 64"] if bench.transformers else []
+    assert list(ratios) == [
+        "JEPA step over CE-only step, time", "one row over one row, padded to 64, speed",
+        *(f"one row over two rows{row}, speed" for row in rows),
+        "generation, batch 16: cached over not, speed",
+    ]  # fmt: skip
+    assert all(math.isfinite(n) and n > 0 for n in numbers(ratios))
+    printed = capsys.readouterr().out
+    for part in ("training", "generation"):
+        assert [f"{part}: round {i} of 3 after" in printed for i in (1, 2, 3)] == [True] * 3
+    assert "one row over one row, padded to 64" in printed
+
+
+def test_quick_compares_rows_of_the_same_examples(small):
+    """What is padded has the same tokens, and is the same step but for rounding."""
+    _, t = start("--block_size=128", "--batch_size=4")
+    padded = timing.with_pairs(t, peers.padded_to_block_size(t.pairs))
+    examples = t.pairs.batch(0)
+    rows, wide = (each.pairs.pack(examples, t.pairs.layout.row) for each in (t, padded))
+    assert wide.idx.size(1) == 128 > rows.idx.size(1)
+    assert (wide.block != PAD).sum() == (rows.block != PAD).sum()
+    got, want = (train_step(timing.with_pairs(start("--block_size=128", "--batch_size=4")[1],
+                                              each.pairs), 0)
+                 for each in (padded, t))  # fmt: skip
+    assert got.pop("flops") > want.pop("flops")
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_the_official_rows_lose_nothing_without_their_padding(small):
+    pytest.importorskip("transformers")
+    _, t = start("--jepa_weight=1")
+    seen = []
+    for padded in (True, False):
+        torch.manual_seed(0)
+        step = peers.official_step(t.pairs, t.pairs.config, torch.device("cpu"), torch.float32,
+                                   padded)  # fmt: skip
+        seen.append(step(0))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_no_arm_runs_in_a_dtype_that_is_only_emulated(knows, small, monkeypatch, capsys):
+    """The capabilities of the processor decide, as they do for dtype=auto."""
+    features = {"avx512_bf16": knows, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    report = small("--parts=training")
+    arms = report["parts"]["training"]["arms"]
+    assert ("nanoGPT, bf16" in arms) == knows and "nanoGPT, fp32" in arms
+    assert report["has_bf16"] is knows and report["dtype"] == "float32"
+    assert ("left out the arms in bf16" in capsys.readouterr().out) != knows
+    if not knows:
+        line = error_line(capsys, small, "--quick", "--dtype=bfloat16")
+        assert "only emulated" in line and "--dtype=float32" in line
+
+
+def test_reports_stand_side_by_side(small, capsys):
+    """A column per file, a row for each figure that one of them has."""
+    for name, options in (("old", ("--quick",)), ("new", ("--parts=training,generation",
+                                                          "--block_size=128"))):
+        Path("out").mkdir(exist_ok=True)
+        small(*options)
+        next(Path("out").glob("bench*.json")).rename(f"{name}.json")
+    capsys.readouterr()
+    bench.main(["old.json", "new.json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "|  | old | new |" and lines[1] == "|---|---|---|"
+    assert all(line.count("|") == 4 for line in lines)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in lines}
+    old, new = rows["JEPA step over CE-only step, time (quick)"]
+    assert old.strip() and not new.strip()
+    old, new = rows["JEPA, stop_grad over CE only, time (training)"]
+    assert new.strip() and not old.strip()
+    assert rows["dtype"] == [" float32 ", " float32 "]
+    assert "batch 64 over without a cache, speed (generation)" in rows
+
+
+def test_what_is_no_report_is_refused(tmp_path, capsys):
+    for name, text in (("a", "{}"), ("b", "no JSON"), ("c", "[1]")):
+        (tmp_path / f"{name}.json").write_text(text)
+        line = error_line(capsys, bench.main, [str(tmp_path / f"{name}.json")])
+        assert f"{name}.json is no report" in line
+    assert "cannot read" in error_line(capsys, bench.main, [str(tmp_path / "none.json")])
+    assert "room for 5" in error_line(capsys, bench.main, ["a.json"] * 6)
+    assert "one of them" in error_line(capsys, bench.main, ["--quick", "--parts=data"])
+    assert bench_tables.shown(None) == ""

@@ -21,6 +21,7 @@ from plumbing.processes import (
     StopSignal,
     clock,
     compile_or_not,
+    has_bf16,
     join_processes,
     pick_device,
     run_main,
@@ -281,6 +282,17 @@ def test_autocast_computes_in_the_dtype_asked_for(dtype, capsys):
     with autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, dtype)
     assert device == CPU and f"device cpu {dtype}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("features, fast", [
+    ({}, False), ({"avx512_bf16": False, "amx_bf16": False}, False), ({"avx512_bf16": True}, True),
+    ({"amx_bf16": True}, True),
+])  # fmt: skip
+def test_auto_takes_bf16_where_there_are_instructions_for_it(features, fast, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    pick_device("cpu", "auto")
+    assert has_bf16(CPU) is fast
+    assert f"device cpu {'bfloat16' if fast else 'float32'}" in capsys.readouterr().out
 
 
 def test_a_signal_is_noted_and_nothing_else_is_done(capsys):
