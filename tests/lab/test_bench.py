@@ -223,9 +223,9 @@ def test_quick_reports_its_ratios_and_a_line_per_round(small, capsys):
     report = small("--quick")
     assert Path("out/bench-quick.json").exists() and set(report["parts"]) == {"quick"}
     ratios = report["parts"]["quick"]["ratios"]
-    rows = ["", ", padded to 64"] if bench.transformers else []
+    rows = ["", " padded to 64"] if bench.transformers else []
     assert list(ratios) == [
-        "JEPA step over CE-only step, time", "one row over one row, padded to 64, speed",
+        "JEPA step over CE-only step, time", "one row over the same row padded to 64, speed",
         *(f"one row over two rows{row}, speed" for row in rows),
         "generation, batch 16: cached over not, speed",
     ]  # fmt: skip
@@ -233,7 +233,7 @@ def test_quick_reports_its_ratios_and_a_line_per_round(small, capsys):
     printed = capsys.readouterr().out
     for part in ("training", "generation"):
         assert [f"{part}: round {i} of 3 after" in printed for i in (1, 2, 3)] == [True] * 3
-    assert "one row over one row, padded to 64" in printed
+    assert "one row over the same row padded to 64" in printed
 
 
 def test_quick_compares_rows_of_the_same_examples(small):
