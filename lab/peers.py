@@ -3,6 +3,7 @@
 Each step is a function of its number that trains once and gives the tokens it counts for.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from config import Config, fail
-from model import GPT, PAD, Batch
+from model import GPT, PAD, Batch, Trunk
 from train import make_optimizer
 from views import CODE, TEXT, Pairs
 
@@ -82,15 +83,15 @@ def padded_to_block_size(pairs: Pairs) -> PaddedPairs:
     return PaddedPairs(*(getattr(pairs, field.name) for field in fields(pairs)))
 
 
-def official_step(pairs: Pairs, config: Config, device, dtype, padded: bool = True):
+def official_step(pairs: Pairs, config: Config, device, dtype, padded: bool = True, model=None):
     """A step of the official recipe: per example a row [q a], with labels, and a row [q P | a],
     whose halves an additive mask keeps apart, in one batch; logits everywhere; the gradient through
     both views. As shipped its rows are `padded` to block_size, else to the longest of the batch.
-    Its tokens are those that our row needs."""
+    Its tokens are those that our row needs. model: of `peer_of`; None is an untrained GPT-2."""
     pairs = replace(pairs, config=config)
     k, V = config.n_pred, pairs.vocab_size
-    model = empty_gpt2(config, V + k).to(device).train()
-    optimizer = make_optimizer(model, config)
+    model = (model or empty_gpt2(config, V + k)).to(device).train()
+    optimizer = make_optimizer(model, replace(config, pred_rate=1.0))  # one table for all tokens
 
     def step(number):
         examples = pairs.batch(number)
@@ -155,6 +156,17 @@ def as_transformers(model: GPT, config: Config):
             else:
                 p.copy_(weights[name])
     return theirs.to(model.device)
+
+
+def peer_of(model: Trunk, config: Config):
+    """A trunk's weights as transformers runs them; [PRED] are rows of the table, as the official
+    recipe adds them to a model."""
+    V = model.vocab_size
+    lm = copy.deepcopy(model.lm) if model.about else as_transformers(model, config)
+    lm.resize_token_embeddings(V + config.n_pred, mean_resizing=False)
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[V:] = model.pred.weight
+    return lm
 
 
 def generate_theirs(theirs, prompts: list[list[int]], new_tokens: int, eot: int) -> torch.Tensor:

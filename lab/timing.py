@@ -125,9 +125,10 @@ def untrained(setup: Setup, config: Config) -> Trunk:
     return make_model(config, setup.data.tokenizer.vocab_size).to(setup.device)
 
 
-def start_training(setup: Setup, config: Config) -> Training:
-    """An untrained model, ready for steps on the training pairs."""
-    model, pairs = untrained(setup, config), replace(setup.data.pairs["train"], config=config)
+def start_training(setup: Setup, config: Config, model: Trunk | None = None) -> Training:
+    """A model, untrained if none is given, ready for steps on the training pairs."""
+    model = model or untrained(setup, config)
+    pairs = replace(setup.data.pairs["train"], config=config, vocab_size=model.vocab_size)
     optimizer = make_optimizer(model, config)
     return Training(pairs, model, model, None, optimizer, setup.autocast, Processes())
 
