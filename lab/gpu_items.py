@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from config import Config, find_recipe, read_recipe
 from data import load_data
 from generate import generate, generate_plain
-from lab import bench
+from lab import bench, timing
 from lab.peers import EXAMPLES, official_step, peer_of
 from model import Trunk, block_causal_mask
 from plumbing.processes import pick_device
@@ -82,7 +82,7 @@ class Lab:
         # With 384 tokens, made-up problems are about as long as GSM8K's in GPT-2's vocabulary.
         data = load_data(Config(dataset="word_problems", tokenizer="bpe", bpe_vocab_size=384))
         data.tokenizer = SimpleNamespace(vocab_size=self.sizes.vocab_size)
-        self.setup = bench.Setup(Config(), data, device, autocast, [])
+        self.setup = timing.Setup(Config(), data, device, autocast, [])
         plain = dict(block_size=512, jepa_warmup_iters=0)
         ours = Config(**{**read_recipe(find_recipe("gsm8k_jepa")), **plain})
         theirs = Config(**{**read_recipe(find_recipe("smollm2_jepa")), **plain})
@@ -97,7 +97,7 @@ class Lab:
         """A model on the CPU, made or read once; whoever changes it takes a copy."""
         if name not in self.made:
             setup = self.setup._replace(device=torch.device("cpu"))
-            self.made[name] = in_a_line(lambda: bench.untrained(setup, self.configs[name]))
+            self.made[name] = in_a_line(lambda: timing.untrained(setup, self.configs[name]))
         model, reason = self.made[name]
         if reason:
             raise RuntimeError(reason)
@@ -154,7 +154,7 @@ def correct(lab: Lab, name: str, dtype: str, compiles: bool = False) -> dict:
     models = copy.deepcopy(lab.weights(name)), lab.model(name)
     if compiles:
         compiled(models[1], lab.sizes.backend)
-    want, got = (seen_in_a_step(bench.start_training(setup, replace(config, grad_clip=0.0), model))
+    want, got = (seen_in_a_step(timing.start_training(setup, replace(config, grad_clip=0.0), model))
                  for setup, model in zip(setups, models))  # fmt: skip
     off = {key: ((got[key] - want[key]).norm() / want[key].norm()).item()
            for key in ("hidden", "gradient")}  # fmt: skip
@@ -196,7 +196,7 @@ def cached(lab: Lab, name: str) -> dict:
             "right": rows == plain}  # fmt: skip
 
 
-def watched(lab: Lab, arms: bench.Arms, first: int = 0) -> dict[str, dict]:
+def watched(lab: Lab, arms: timing.Arms, first: int = 0) -> dict[str, dict]:
     """Seconds of each round and peak memory in GB of arms that take turns; nothing of a CPU's."""
     device, peak = lab.setup.device, {}
 
@@ -209,36 +209,38 @@ def watched(lab: Lab, arms: bench.Arms, first: int = 0) -> dict[str, dict]:
     on_cuda = device.type == "cuda"
     works = {name: partial(with_peak, name, work) if on_cuda else work
              for name, work in arms.items()}  # fmt: skip
-    rounds = bench.take_turns(works, list(range(first, first + lab.sizes.rounds + 1)), device)
+    numbers = list(range(first, first + lab.sizes.rounds + 1))
+    rounds = timing.take_turns("rounds", works, numbers, device)
     return {name: {"rounds": seen, "peak_gb": peak.get(name)} for name, seen in rounds.items()}
 
 
 def steps(lab: Lab, name: str, compiles: bool) -> dict:
     """Training steps of one model with and without JEPA, which take turns."""
     arms, flops = lab.arms(name), {arm: [] for arm in lab.arms(name)}
-    t, before = bench.start_training(lab.setup, arms["JEPA"], lab.model(name)), time.perf_counter()
+    t, before = timing.start_training(lab.setup, arms["JEPA"], lab.model(name)), time.perf_counter()
     if compiles:
         compiled(t.model, lab.sizes.backend)
 
     def work(arm, step):
-        done = train_step(bench.with_config(t, arms[arm]), step)
+        done = train_step(timing.with_config(t, arms[arm]), step)
         flops[arm].append(done["flops"])
         return done["tokens"]
 
     works = {arm: partial(work, arm) for arm in arms}
-    bench.take_turns(works, [0], lab.setup.device)
+    timing.take_turns("steps", works, [0], lab.setup.device)
     first, graphs = time.perf_counter() - before, graphs_made()
-    bench.take_turns(works, [1, 2], lab.setup.device)  # most of what is compiled again, is here
+    # Most of what is compiled again, is here.
+    timing.take_turns("steps", works, [1, 2], lab.setup.device)
     seen = watched(lab, works, 3)
     result = {"batch": arms["JEPA"].batch_size, "first_seconds": first,
               "recompilations": graphs_made() - graphs if compiles else None, "arms": {},
-              "jepa_over_ce": bench.quartiles_of(
+              "jepa_over_ce": timing.quartiles_of(
                   seen["JEPA"]["rounds"][:, 0] / seen["CE only"]["rounds"][:, 0])}  # fmt: skip
     for arm, about in seen.items():
         rounds = about["rounds"]
         speed = [f / s / 1e12 for f, s in zip(flops[arm][-len(rounds):], rounds[:, 0])]
-        result["arms"][arm] = {"tokens_per_second": bench.quartiles_of(bench.rate(rounds)),
-                               "tflops": bench.quartiles_of(speed), "peak_gb": about["peak_gb"]}
+        result["arms"][arm] = {"tokens_per_second": timing.quartiles_of(timing.rate(rounds)),
+                               "tflops": timing.quartiles_of(speed), "peak_gb": about["peak_gb"]}
     return result
 
 
@@ -255,7 +257,7 @@ def attention(lab: Lab, B: int, T: int) -> dict:
     sees, S = lab.weights(OURS).sees.to(device), block.size(1)
     mask = block_causal_mask(block, sees)[0][:, None]  # (B, 1, S, S)
     shape = (3, B, config.n_head, S, config.n_embd // config.n_head)
-    dtype, backward = bench.dtype_of(lab.setup.autocast, device), device.type == "cuda"
+    dtype, backward = timing.dtype_of(lab.setup.autocast, device), device.type == "cuda"
     qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=backward)
 
     def may_attend(b, head, at, to):  # model.block_causal_mask, one entry at a time
@@ -279,14 +281,15 @@ def attention(lab: Lab, B: int, T: int) -> dict:
     for then in (False, True)[: 1 + backward]:
         sdpa, flex = (once(way, then).float() for way in ways)
         off.append(((flex - sdpa).norm() / sdpa.norm()).item())
-        rounds = bench.take_turns({way: partial(often, way, then) for way in ways},
+        rounds = timing.take_turns("attention", {way: partial(often, way, then) for way in ways},
                                   list(range(lab.sizes.rounds + 1)), device)  # fmt: skip
         result["forward and backward" if then else "forward"] = {
-            way: bench.quartiles_of(1e3 * seen[:, 0] / CALLS) for way, seen in rounds.items()}
-    made = bench.take_turns(
+            way: timing.quartiles_of(1e3 * seen[:, 0] / CALLS) for way, seen in rounds.items()}
+    made = timing.take_turns(
+        "block mask",
         {"mask": lambda _: create_block_mask(may_attend, B, None, S, S, device=device).shape[-1]},
         list(range(lab.sizes.rounds + 1)), device)["mask"]  # fmt: skip
-    return {**result, "mask_ms": bench.quartiles_of(1e3 * made[:, 0]), "off": max(off),
+    return {**result, "mask_ms": timing.quartiles_of(1e3 * made[:, 0]), "off": max(off),
             "right": max(off) <= result["limit"]}  # fmt: skip
 
 
@@ -294,22 +297,22 @@ def two_rows(lab: Lab, name: str) -> dict:
     """A step on the same examples: our one row, the official recipe's two as they are shipped, and
     these without padding to block_size. One after another, so that memory holds one model only."""
     config, device = lab.arms(name, EXAMPLES)["JEPA"], lab.setup.device
-    dtype = bench.dtype_of(lab.setup.autocast, device)
+    dtype = timing.dtype_of(lab.setup.autocast, device)
 
     def ours():
-        return partial(train_step, bench.start_training(lab.setup, config, lab.model(name)))
+        return partial(train_step, timing.start_training(lab.setup, config, lab.model(name)))
 
     def official(pad):
         weights = lab.weights(name)
         pairs = replace(lab.setup.data.pairs["train"], vocab_size=weights.vocab_size)
-        return official_step(pairs, config, device, dtype, peer_of(weights, config), pad)
+        return official_step(pairs, config, device, dtype, pad, peer_of(weights, config))
 
     result = {"examples": EXAMPLES}
     for arm, make in (("one row", ours), ("two rows, padded to 512", partial(official, True)),
                       ("two rows, no padding to 512", partial(official, False))):  # fmt: skip
         work = make()
         seen = watched(lab, {arm: (lambda step, work=work: work(step) and EXAMPLES)})[arm]
-        result[arm] = {"examples_per_second": bench.quartiles_of(bench.rate(seen["rounds"])),
+        result[arm] = {"examples_per_second": timing.quartiles_of(timing.rate(seen["rounds"])),
                        "peak_gb": seen["peak_gb"]}  # fmt: skip
         del work
         gc.collect()
@@ -321,5 +324,5 @@ def generation(lab: Lab, name: str, B: int) -> dict:
     model = lab.model(name).eval()
     arms = bench.generation_arms(lab.setup, model, None, questions(lab, B))
     seen = watched(lab, {"ours": arms["ours"]})["ours"]
-    return {"tokens_per_second": bench.quartiles_of(bench.rate(seen["rounds"])),
+    return {"tokens_per_second": timing.quartiles_of(timing.rate(seen["rounds"])),
             "peak_gb": seen["peak_gb"]}  # fmt: skip

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from config import fail, parse_args
-from lab import bench
+from lab import bench, bench_tables, timing
 from lab.gpu_items import LIMITS, Lab, in_a_line, items_of
 from plumbing.files import read_json, set_aside, write_json, write_text
 from plumbing.processes import run_main, versions
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 
 def read_or_begin(path: Path, lab: Lab, tiny: bool) -> dict:
     """The report that an earlier part has begun, if it is of the same code, machine and options."""
-    about = {**bench.machine(lab.setup.device), **versions()}
+    about = {**timing.machine(lab.setup.device), **versions()}
     same = {key: about[key] for key in ("commit", "processor", "torch")}
     same |= {"tiny": tiny, "trunk": lab.configs[lab.pretrained].trunk}
     if path.exists():
@@ -92,7 +92,7 @@ def read_or_begin(path: Path, lab: Lab, tiny: bool) -> dict:
                 return report
         print(f"moved another report to {set_aside(path)}")
     peak = peak_of(about["processor"])
-    dtype = str(bench.dtype_of(lab.setup.autocast, lab.setup.device)).removeprefix("torch.")
+    dtype = str(timing.dtype_of(lab.setup.autocast, lab.setup.device)).removeprefix("torch.")
     return {"same": same, **about, "dtype": dtype, "limits": LIMITS, "rounds": lab.sizes.rounds,
             "new_tokens": bench.NEW_TOKENS,
             "peak_tflops": peak if dtype == "bfloat16" else None, "items": {}}  # fmt: skip
@@ -167,8 +167,9 @@ def steps_lines(items: dict, report: dict) -> list[str]:
             share = f" ({tflops / peak:.0%})" if peak else ""
             rows.append([f"{name}, {item['batch']}", arm, f"{tflops:.3g}{share}",
                          f"{about['tokens_per_second']['median']:,.0f}", gigabytes(about)])
-        ratios.append([name, bench.shown(item["jepa_over_ce"]), f"{item['first_seconds']:.1f}",
-                       "" if again is None else str(again)])
+        ratio = bench_tables.shown(item["jepa_over_ce"])
+        ratios.append([name, ratio, f"{item['first_seconds']:.1f}",
+                       "" if again is None else str(again)])  # fmt: skip
     of = f"in brackets the share of the card's {peak:,} in bf16" if peak else (
         "no share of the peak: this card's is not in our table, or it did not run in bf16")
     return ["## Training steps", "Real tokens a second (padding is left out), operations of the "

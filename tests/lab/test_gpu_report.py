@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import error_line
 
 import model
-from lab import bench, gpu_items, gpu_report
+from lab import gpu_items, gpu_report, timing
 from lab.peers import peer_of
 
 pytest.importorskip("transformers")
@@ -154,8 +154,8 @@ def test_nothing_runs_after_an_error_that_leaves_the_gpu_unusable(tmp_path, monk
 
 def test_a_trunk_that_is_not_there_is_looked_for_once(monkeypatch):
     lab, asked = gpu_items.Lab("cpu", True, "./nowhere"), []
-    make = bench.untrained
-    monkeypatch.setattr(bench, "untrained", lambda *given: asked.append(1) or make(*given))
+    make = timing.untrained
+    monkeypatch.setattr(timing, "untrained", lambda *given: asked.append(1) or make(*given))
     for _ in range(2):
         assert "trunk=./nowhere: no such folder" in gpu_items.in_a_line(
             lambda: lab.weights("nowhere"))[1]  # fmt: skip
