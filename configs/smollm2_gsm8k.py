@@ -5,3 +5,4 @@ train_rows = 0
 template = "chat"
 block_size = 512
 max_iters = 500
+eval_interval = 100
