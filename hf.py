@@ -17,7 +17,14 @@ import torch.nn as nn
 from config import Config, fail
 from model import PAD, Trunk, block_causal_mask, embed_tokens, pred_table, visible_blocks
 from plumbing.cache import KVCache
-from plumbing.hf_files import AS_WE_NEED_IT, find_source, quietly, read_model, transformers
+from plumbing.hf_files import (
+    AS_WE_NEED_IT,
+    find_source,
+    quietly,
+    read_model,
+    refuse_too_short,
+    transformers,
+)
 from plumbing.hf_tokenizer import NEEDS, HFTokenizer, read_tokenizer
 from plumbing.tables import first_line
 
@@ -117,6 +124,7 @@ class PretrainedTrunk(Trunk):
         if missing:
             raise RuntimeError(f"other weights: {', '.join(sorted(missing)[:3])}")
         self.load_state_dict(state, strict=False)
+        self_test(self, self.about["name"])
 
     def merged(self) -> "PretrainedTrunk":
         """Itself, with the adapters added into the weights that they stood beside."""
@@ -139,33 +147,33 @@ class PretrainedTrunk(Trunk):
 
 
 def load_trunk(config: Config, parents, about: dict[str, str] | None = None) -> PretrainedTrunk:
-    """The trunk that config names. `about` is a checkpoint's, which holds all weights and needs no
-    others, or has adapters and needs the base that they were trained on."""
+    """The trunk that config names. `about` is a checkpoint's, which will bring all weights, or has
+    adapters and needs the base that they were trained on."""
     if about and not config.lora_rank:
         fields = json.loads(about["config"])
         shape = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
         with transformers.initialization.no_init_weights():
             lm = transformers.AutoModelForCausalLM.from_config(shape, **AS_WE_NEED_IT)
-        lm.tie_weights()
-        name = about["name"]
+        lm.tie_weights()  # not tested yet: it holds no weights before load_trained
+        trunk = PretrainedTrunk(lm, parents, config, about)
     else:
         source = find_source(config)
-        lm, found, name = *read_model(source, config.trunk), source.name
+        (lm, found), name = read_model(source, config.trunk), source.name
         if about and about["sha256"] != found["sha256"]:
             fail(f"trunk={config.trunk}: the adapters were trained on {about['name']} "
                  f"{about['sha256'][:12]}, here is {name} {found['sha256'][:12]}: another base")
         about = {**found, "name": name, "revision": source.revision}
-    trunk = PretrainedTrunk(lm, parents, config, about)
-    trunk.init_pred()
-    refuse_too_short(trunk, config, name)
-    self_test(trunk.eval(), name)
+        trunk = PretrainedTrunk(lm, parents, config, about)
+        trunk.init_pred()
+        self_test(trunk, name)
+        print(f"trunk {name} ({lm.config.model_type}), sha256 {about['sha256'][:12]}: it honours "
+              "the block mask")
+    refuse_too_short(trunk.config, config.block_size, about["name"])
     if config.lora_rank:
-        add_adapters(trunk, config, name)
+        add_adapters(trunk, config, about["name"])
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    print(f"trunk {name} ({lm.config.model_type}), sha256 {about['sha256'][:12]}: it honours the "
-          "block mask")
-    return trunk.train()
+    return trunk
 
 
 def add_adapters(trunk: PretrainedTrunk, config: Config, name: str) -> None:
@@ -187,40 +195,30 @@ def add_adapters(trunk: PretrainedTrunk, config: Config, name: str) -> None:
 # --- what a model must show -------------------------------------------------------------------
 
 
-def refuse_too_short(trunk: PretrainedTrunk, config: Config, name: str) -> None:
-    """Exit where a path of block_size tokens is longer than the model's context or window: a block
-    mask is used in all layers, so a window would be dropped without a word."""
-    kinds = getattr(trunk.config, "layer_types", None)
-    sliding = kinds is None or any("full" not in kind for kind in kinds)
-    limits = {"context": getattr(trunk.config, "max_position_embeddings", None)}
-    if sliding:
-        limits["sliding window"] = getattr(trunk.config, "sliding_window", None)
-        limits["attention chunk"] = getattr(trunk.config, "attention_chunk_size", None)
-    for what, limit in limits.items():
-        if limit and config.block_size > limit:
-            fail(f"block_size={config.block_size} is longer than the {what} of {name}, {limit} "
-                 f"tokens: --block_size={limit} or less")
-
-
 @torch.no_grad()
 def self_test(trunk: PretrainedTrunk, name: str) -> None:
     """Exit unless the model, in fp32 and without dropout, makes of a row of blocks what it makes of
     its paths one by one, lets no token see more or less than the mask says, and has our logits."""
+    was_training = trunk.training
     try:
-        wrong = fault_of(trunk)
+        wrong = fault_of(trunk.eval())
     except Exception as error:  # it takes no embeddings, no 4-D mask, no positions, ...
-        wrong = f"it does not take a row of blocks ({first_line(error)})"
+        wrong = f"it does not take a row of blocks ({first_line(error)[:160]})"
+    trunk.train(was_training)
     if wrong:
         fail(f"{name} cannot be a trunk (model type {trunk.lm.config.model_type}): {wrong}")
 
 
 def fault_of(trunk: PretrainedTrunk) -> str:
     """What the model makes wrong of a made-up row [q q q q a a a P t t t .]; empty if nothing."""
-    k = 0 if trunk.pred is None else trunk.pred.num_embeddings
+    V, k = trunk.vocab_size, 0 if trunk.pred is None else trunk.pred.num_embeddings
+    if trunk.config.vocab_size != V:
+        return f"its table has {V} rows, its vocabulary {trunk.config.vocab_size} tokens"
     block = torch.tensor([1] * 4 + [2] * 3 + [4] * k + [3] * 3 + [PAD])
-    idx = torch.randint(trunk.vocab_size, block.shape, generator=torch.Generator().manual_seed(0))
-    idx[block == 4] = trunk.vocab_size + torch.arange(k)
-    sees = visible_blocks((None, None, 1, None, 1))
+    idx = torch.randint(V, block.shape, generator=torch.Generator().manual_seed(0))
+    idx[block == 4] = V + torch.arange(k)
+    idx, block = idx.to(trunk.device), block.to(trunk.device)
+    sees = visible_blocks((None, None, 1, None, 1)).to(trunk.device)
     attn_mask, position_ids = block_causal_mask(block[None], sees)
 
     def packed(rows):  # (B, T) -> (B, T, C)
@@ -228,25 +226,25 @@ def fault_of(trunk: PretrainedTrunk) -> str:
         return trunk.layers(trunk.embed(rows), position_ids.expand(n, -1),
                             attn_mask.expand(n, -1, -1))  # fmt: skip
 
-    def far(x, y):
-        return ((x - y).abs().amax(-1) / max(1.0, y.abs().max().item())).max().item() > TOLERANCE
+    def near(x, y):  # False for nan
+        return (x - y).abs().max().item() <= TOLERANCE * max(1.0, y.abs().max().item())
 
     hidden = packed(idx[None])[0]
     for path in ((1, 2), (1, 4), (3,)):
-        at = torch.isin(block, torch.tensor(path))
+        at = torch.isin(block, torch.tensor(path, device=block.device))
         alone = trunk.lm.base_model(inputs_embeds=trunk.embed(idx[None, at])).last_hidden_state[0]
-        if far(hidden[at], alone):
+        if not near(hidden[at], alone):
             return "a row of blocks gives other hidden states than its paths alone"
     T = len(block)  # now change each token in turn: who sees it?
-    other = torch.where(torch.eye(T, dtype=torch.bool), (idx + 1) % trunk.vocab_size, idx)
+    other = torch.where(torch.eye(T, device=idx.device) == 1, (idx + 1) % V, idx)
     moved = (packed(other) - hidden).abs().amax(-1)  # (changed token, position)
     seen = attn_mask[0].T
-    if moved[~seen].max() > TOLERANCE * max(1.0, hidden.abs().max().item()):
+    if not moved[~seen].max() <= TOLERANCE * max(1.0, hidden.abs().max().item()):
         return "a token sees what the mask hides from it"
     if not moved[seen].all():
         return "a token does not see what the mask shows it"
     words = idx[None, block < 3]
-    if far(trunk.logits(trunk.lm.base_model(input_ids=words).last_hidden_state),
-           trunk.lm(input_ids=words).logits):  # fmt: skip
+    if not near(trunk.logits(trunk.lm.base_model(input_ids=words).last_hidden_state),
+                trunk.lm(input_ids=words).logits):  # fmt: skip
         return "its logits are not those of its output layer with the scales and caps that we know"
     return ""

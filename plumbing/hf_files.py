@@ -2,6 +2,7 @@
 
     find_source(config)  a hub id, a folder, a .gguf file, or a package that carries one
     read_model(source)   the model of transformers, with the digest of its weights
+    refuse_too_short     for a model whose context or window is shorter than a path may be
 """
 
 import contextlib
@@ -123,8 +124,23 @@ def read_model(source: Source, trunk: str) -> tuple[nn.Module, dict[str, str]]:
     paths = [source.folder / source.gguf] if source.gguf else sorted(
         source.folder.glob("*.safetensors"))  # fmt: skip
     digests = [sha256_of(path) for path in paths]
-    sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode())
+    together = hashlib.sha256("".join(digests).encode()).hexdigest()
     fields = lm.config.to_dict()
     fields.pop("quantization_config", None)  # of the file; the weights are plain numbers now
     return lm, {"config": json.dumps(fields, default=str),
-                "sha256": sha256 if isinstance(sha256, str) else sha256.hexdigest()}  # fmt: skip
+                "sha256": digests[0] if len(digests) == 1 else together}  # fmt: skip
+
+
+def refuse_too_short(shape: Any, block_size: int, name: str) -> None:
+    """Exit where a path of block_size tokens is longer than the model's context or window: a block
+    mask is used in all layers, so a window would be dropped without a word."""
+    kinds = getattr(shape, "layer_types", None)
+    sliding = kinds is None or any("full" not in kind for kind in kinds)
+    limits = {"context": getattr(shape, "max_position_embeddings", None)}
+    if sliding:
+        limits["sliding window"] = getattr(shape, "sliding_window", None)
+        limits["attention chunk"] = getattr(shape, "attention_chunk_size", None)
+    for what, limit in limits.items():
+        if limit and block_size > limit:
+            fail(f"block_size={block_size} is longer than the {what} of {name}, {limit} "
+                 f"tokens: --block_size={limit} or less")
