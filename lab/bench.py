@@ -37,6 +37,7 @@ from lab.peers import (
     generate_theirs,
     nanogpt_step,
     official_step,
+    peer_of,
     padded_to_block_size,
     transformers,
 )
@@ -357,7 +358,8 @@ def quick(setup: Setup) -> dict:
     else:
         dtype = dtype_of(setup.autocast, device)
         for name, padded in (("two rows", False), ("two rows padded", True)):
-            arms[name] = official_step(ours.pairs, few, device, dtype, padded)
+            peer = peer_of(t.model, few)  # the same weights
+            arms[name] = official_step(ours.pairs, few, device, dtype, padded, peer)
     steps = list(range(timing.QUICK_ROUNDS + 1))
     rounds = take_turns("training", arms, steps, device)
     ratios = {"JEPA step over CE-only step, time":

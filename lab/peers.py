@@ -164,8 +164,9 @@ def peer_of(model: Trunk, config: Config):
     V = model.vocab_size
     lm = copy.deepcopy(model.lm) if model.about else as_transformers(model, config)
     lm.resize_token_embeddings(V + config.n_pred, mean_resizing=False)
-    with torch.no_grad():
-        lm.get_input_embeddings().weight[V:] = model.pred.weight
+    if config.n_pred:
+        with torch.no_grad():
+            lm.get_input_embeddings().weight[V:] = model.pred.weight
     return lm
 
 
