@@ -37,8 +37,8 @@ from lab.peers import (
     generate_theirs,
     nanogpt_step,
     official_step,
-    peer_of,
     padded_to_block_size,
+    peer_of,
     transformers,
 )
 from lab.timing import (
