@@ -20,6 +20,7 @@ from plumbing.cache import KVCache
 from plumbing.hf_files import (
     AS_WE_NEED_IT,
     find_source,
+    no_init_weights,
     quietly,
     read_model,
     refuse_too_short,
@@ -152,7 +153,7 @@ def load_trunk(config: Config, parents, about: dict[str, str] | None = None) -> 
     if about and not config.lora_rank:
         fields = json.loads(about["config"])
         shape = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-        with transformers.initialization.no_init_weights():
+        with no_init_weights():
             lm = transformers.AutoModelForCausalLM.from_config(shape, **AS_WE_NEED_IT)
         lm.tie_weights()  # not tested yet: it holds no weights before load_trained
         trunk = PretrainedTrunk(lm, parents, config, about)

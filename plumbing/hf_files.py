@@ -24,6 +24,7 @@ from plumbing.tables import first_line
 
 try:
     import transformers
+    from transformers.initialization import no_init_weights
 except ImportError:
     fail(NEEDS.format("transformers"))
 
