@@ -9,7 +9,6 @@ block mask, so each model shows at load that it honours ours (`self_test`) or is
 """
 
 import inspect
-import json
 
 import torch
 import torch.nn as nn
@@ -18,9 +17,8 @@ from config import Config, fail
 from model import PAD, Trunk, block_causal_mask, embed_tokens, pred_table, visible_blocks
 from plumbing.cache import KVCache
 from plumbing.hf_files import (
-    AS_WE_NEED_IT,
+    empty_model,
     find_source,
-    no_init_weights,
     quietly,
     read_model,
     refuse_too_short,
@@ -151,11 +149,7 @@ def load_trunk(config: Config, parents, about: dict[str, str] | None = None) -> 
     """The trunk that config names. `about` is a checkpoint's, which will bring all weights, or has
     adapters and needs the base that they were trained on."""
     if about and not config.lora_rank:
-        fields = json.loads(about["config"])
-        shape = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-        with no_init_weights():
-            lm = transformers.AutoModelForCausalLM.from_config(shape, **AS_WE_NEED_IT)
-        lm.tie_weights()  # not tested yet: it holds no weights before load_trained
+        lm = empty_model(about["config"])  # not tested yet: load_trained brings the weights
         trunk = PretrainedTrunk(lm, parents, config, about)
     else:
         source = find_source(config)

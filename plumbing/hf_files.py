@@ -1,7 +1,8 @@
 """The files of a pretrained model: where they lie, and weights and config out of them.
 
     find_source(config)  a hub id, a folder, a .gguf file, or a package that carries one
-    read_model(source)   the model of transformers, with the digest of its weights
+    read_model(source)   the model of transformers, with its config and the digest of its weights
+    empty_model(config)  the same model without its weights
     refuse_too_short     for a model whose context or window is shorter than a path may be
 """
 
@@ -130,6 +131,16 @@ def read_model(source: Source, trunk: str) -> tuple[nn.Module, dict[str, str]]:
     fields.pop("quantization_config", None)  # of the file; the weights are plain numbers now
     return lm, {"config": json.dumps(fields, default=str),
                 "sha256": digests[0] if len(digests) == 1 else together}  # fmt: skip
+
+
+def empty_model(config: str) -> nn.Module:
+    """A model by the config that read_model gave, whose weights are to come."""
+    fields = json.loads(config)
+    shape = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with no_init_weights():
+        lm = transformers.AutoModelForCausalLM.from_config(shape, **AS_WE_NEED_IT)
+    lm.tie_weights()
+    return lm
 
 
 def refuse_too_short(shape: Any, block_size: int, name: str) -> None:
