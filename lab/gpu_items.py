@@ -322,7 +322,7 @@ def two_rows(lab: Lab, name: str) -> dict:
 def generation(lab: Lab, name: str, B: int) -> dict:
     """Greedy, bench.NEW_TOKENS for each of B questions."""
     model = lab.model(name).eval()
-    arms = bench.generation_arms(lab.setup, model, None, questions(lab, B))
+    arms = bench.generation_arms(lab.setup, model, questions(lab, B), bench.NEW_TOKENS)
     seen = watched(lab, {"ours": arms["ours"]})["ours"]
     return {"tokens_per_second": timing.quartiles_of(timing.rate(seen["rounds"])),
             "peak_gb": seen["peak_gb"]}  # fmt: skip
