@@ -209,6 +209,8 @@ def fault_of(trunk: PretrainedTrunk) -> str:
     V, k = trunk.vocab_size, 0 if trunk.pred is None else trunk.pred.num_embeddings
     if trunk.config.vocab_size != V:
         return f"its table has {V} rows, its vocabulary {trunk.config.vocab_size} tokens"
+    if getattr(trunk.config, "attn_logit_softcapping", None):
+        return "its attention caps its scores, which sdpa leaves out without a word"
     block = torch.tensor([1] * 4 + [2] * 3 + [4] * k + [3] * 3 + [PAD])
     idx = torch.randint(V, block.shape, generator=torch.Generator().manual_seed(0))
     idx[block == 4] = V + torch.arange(k)
