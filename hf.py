@@ -71,6 +71,9 @@ class PretrainedTrunk(Trunk):
         self.width, self.longest_path = self.config.hidden_size, config.block_size
         self.vocab_size = self.n_drawn = self.table.num_embeddings
         self.pred = pred_table(config.n_pred, self.table.embedding_dim)
+        # Releases of transformers name it either way.
+        named = inspect.signature(lm.base_model.forward).parameters
+        self.cache_name = "cache" if "cache" in named else "past_key_values"
 
     @property
     def table(self) -> nn.Embedding:
@@ -88,13 +91,10 @@ class PretrainedTrunk(Trunk):
         return embed_tokens(idx, self.table, self.pred)
 
     def layers(self, x, position_ids, attn_mask, cache=None, read=None, streams=None):
-        forward = self.lm.base_model.forward
-        # Releases of transformers name it either way.
-        name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
         out = self.lm.base_model(
             inputs_embeds=x, attention_mask=attn_mask[:, None], position_ids=position_ids,
             use_cache=cache is not None, output_hidden_states=streams is not None,
-            **({} if cache is None else {name: cache}),
+            **({} if cache is None else {self.cache_name: cache}),
         )  # fmt: skip
         if streams is not None:
             norms = [getattr(self.lm.base_model, name, None) for name in FINAL_NORMS]

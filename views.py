@@ -304,10 +304,9 @@ def pair_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[E
 def frames(rows, tokenizer: Tokenizer, config: Config) -> list[Frame]:
     """What stands around the views of each row, its system prompt among it if that is kept. The
     isolated layout reads Enc at the code itself, before which there is no place for one."""
-    keep, known = config.system_prompt == "keep" and config.layout != "isolated", {}
-    for system in (systems := [row.get("system", "") if keep else "" for row in rows]):
-        if system not in known:
-            known[system] = Frame(*tokenizer.frame(system))
+    keep = config.system_prompt == "keep" and config.layout != "isolated"
+    systems = [row.get("system", "") if keep else "" for row in rows]
+    known = {system: Frame(*tokenizer.frame(system)) for system in set(systems)}
     return [known[system] for system in systems]
 
 

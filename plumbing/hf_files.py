@@ -84,8 +84,10 @@ def find_source(config: Config) -> Source:
     return in_folder(trunk, from_hub(trunk, config.trunk_revision, package), "hub")
 
 
+@cache
 def from_hub(trunk: str, revision: str, package: str) -> Path:
-    """The folder of a snapshot, from the hub or from what an earlier run has cached."""
+    """The folder of a snapshot, from the hub or from what an earlier run has cached. It is asked
+    for once, though tokenizer and model both need it."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -54,33 +54,33 @@ def chat(*turns):
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-@pytest.mark.parametrize("system_prompt", ["keep", "drop"])
-def test_a_prompt_stands_where_questions_stood_in_training(
-    system_prompt, given, tmp_path, monkeypatch
-):
+@pytest.fixture
+def train_on_chats(tmp_path, monkeypatch):
+    """A function that trains a tiny model for a step on 40 sums, which begin with these system
+    prompts in turn."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
-    rows = [chat(("system", "Add."), ("user", row["question"]), ("assistant", row["answer"]))
-            for row in sums(40)]  # fmt: skip
-    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train.main([*TINY, "--dataset=mine.jsonl", "--eval_pairs=4", f"--system_prompt={system_prompt}",
-                "--max_iters=1"])  # fmt: skip
+
+    def run(systems, *options):
+        rows = [chat(("system", systems[i % len(systems)]), ("user", row["question"]),
+                     ("assistant", row["answer"])) for i, row in enumerate(sums(40))]  # fmt: skip
+        Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        train.main([*TINY, "--dataset=mine.jsonl", "--eval_pairs=4", "--max_iters=1", *options])
+
+    return run
+
+
+@pytest.mark.parametrize("system_prompt", ["keep", "drop"])
+def test_a_prompt_stands_where_questions_stood_in_training(system_prompt, given, train_on_chats):
+    train_on_chats(["Add."], f"--system_prompt={system_prompt}")
     sample.main([*SAMPLE, "--num_samples=1", "--prompt=What is 3 plus 2?"])
     tokenizer = load_run(Path("out/tiny"), CPU).tokenizer
     before = tokenizer.encode(["Add.\n"])[0] if system_prompt == "keep" else []
     assert given == [[*before, *tokenizer.encode(["What is 3 plus 2?"])[0], tokenizer.sep]]
 
 
-def test_another_system_prompt_may_stand_before_a_prompt(
-    given, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
-    rows = [chat(("system", "Add."), ("user", row["question"]), ("assistant", row["answer"]))
-            for row in sums(40)]  # fmt: skip
-    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = [*TINY, "--dataset=mine.jsonl", "--eval_pairs=4", "--max_iters=1"]
-    train.main(options)
+def test_another_system_prompt_may_stand_before_a_prompt(given, train_on_chats, capsys):
+    train_on_chats(["Add."])
     ask = [*SAMPLE, "--num_samples=1", "--prompt=What is 3 plus 2?"]
     tokenizer = load_run(Path("out/tiny"), CPU).tokenizer
     for system, before in ((None, "Add.\n"), ("Subtract.", "Subtract.\n"), ("", "")):
@@ -89,18 +89,13 @@ def test_another_system_prompt_may_stand_before_a_prompt(
         assert given[-1] == [*(tokenizer.encode([before])[0] if before else []), *asked]
     line = error_line(capsys, sample.main, [*SAMPLE, "--system=Add."])
     assert "system stands before a prompt" in line
-    train.main([*options, "--system_prompt=drop"])
+    train_on_chats(["Add."], "--system_prompt=drop")
     line = error_line(capsys, sample.main, [*ask, "--system=Add."])
     assert "trained without system prompts (system_prompt=drop" in line
 
 
-def test_mixed_system_prompts_are_said(given, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "plot_losses", lambda *paths: None)
-    rows = [chat(("system", "Be brief." if i % 2 else "Be polite."), ("user", row["question"]),
-                 ("assistant", row["answer"])) for i, row in enumerate(sums(40))]  # fmt: skip
-    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train.main([*TINY, "--dataset=mine.jsonl", "--eval_pairs=4", "--max_iters=1"])
+def test_mixed_system_prompts_are_said(given, train_on_chats, capsys):
+    train_on_chats(["Be polite.", "Be brief."])
     assert "system prompts: 2 different ones" in capsys.readouterr().out
     for option, noted in (([], True), (["--system=Be brief."], False)):
         sample.main([*SAMPLE, "--num_samples=1", "--prompt=What is 3 plus 2?", *option])
