@@ -3,6 +3,7 @@ collapse cannot fake them: shuffled pairs are measured beside the right ones (se
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,23 +49,46 @@ def linear_r2(text: torch.Tensor, code: torch.Tensor) -> tuple[float, str]:
     if variances.sum().square() < 1.5 * variances.square().sum():
         return 0.0, "line"
 
-    def standardised(view):
-        std, mean = torch.std_mean(view[:n], 0)
-        # The floor keeps a channel that is rounding noise from counting like the others.
-        floor = (std.square().mean().sqrt() / 1000).clamp(min=1e-6)
-        return ((view - mean) / std.maximum(floor)).split([n, len(view) - n])
+    fitted = ridge(x[:n], y[:n])
+    y_held = (y[n:] - fitted.y_mean) / fitted.y_std
+    sse = (y_held - fitted(x[n:])).square().sum()
+    return (1 - sse / y_held.square().sum()).item(), ""
 
-    (x, x_held), (y, y_held) = standardised(x), standardised(y)
+
+class Ridge(NamedTuple):
+    """A ridge map x -> y, where channels of both are centred and scaled: see `ridge`."""
+
+    x_mean: torch.Tensor  # (C,)
+    x_std: torch.Tensor
+    y_mean: torch.Tensor
+    y_std: torch.Tensor
+    weights: torch.Tensor  # (C, C)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """What y is to be, (n, C), still centred and scaled: (y - y_mean) / y_std."""
+        return (x - self.x_mean) / self.x_std @ self.weights
+
+
+def ridge(x: torch.Tensor, y: torch.Tensor) -> Ridge:
+    """The ridge map x -> y, (n, C) each in float64, whose penalty has the least leave-one-out error
+    among these pairs."""
+
+    def scale_of(view):
+        std, mean = torch.std_mean(view, 0)
+        # The floor keeps a channel that is rounding noise from counting like the others.
+        return mean, std.maximum((std.square().mean().sqrt() / 1000).clamp(min=1e-6))
+
+    (x_mean, x_std), (y_mean, y_std) = scale_of(x), scale_of(y)
+    x, y = (x - x_mean) / x_std, (y - y_mean) / y_std
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
 
     def leave_one_out_error(penalty):
         shrink = s.square() / (s.square() + penalty)
-        leverage = 1 / n + u.square() @ shrink  # 1 / n: each row took part in the mean
+        leverage = 1 / len(x) + u.square() @ shrink  # each row took part in the mean
         residual = y - u @ (shrink[:, None] * (u.T @ y))
         return (residual / (1 - leverage).clamp(min=1e-9)[:, None]).square().sum()
 
     scale = s[0].square().clamp(min=1e-12)
     penalty = min(scale * torch.logspace(-5, 3, 17), key=leave_one_out_error)
     weights = vt.T @ ((s / (s.square() + penalty))[:, None] * (u.T @ y))  # (C, C)
-    sse = (y_held - x_held @ weights).square().sum()
-    return (1 - sse / y_held.square().sum()).item(), ""
+    return Ridge(x_mean, x_std, y_mean, y_std, weights)

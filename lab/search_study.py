@@ -1,0 +1,192 @@
+"""What does JEPA buy for search? Networks trained with and without it, and BM25, side by side.
+
+    python -m lab.search_study gsm8k [--jobs=2] [--key=value ...]
+    python -m lab.search_study nlrx --dataset=pairs.jsonl
+    python -m lab.search_study smollm2                          a pretrained model, one seed
+
+Trains λ = 0, JEPA and a retriever (the same network with the JEPA loss alone, ce_weight = 0); the
+same command again skips what is finished. Then each question of the held-out pairs looks for its
+answer among theirs (lab/search.py says what is measured): by [PRED] and Enc, by the last or the
+mean hidden state of both texts, by those after a ridge map that is fitted on train, and by BM25.
+Writes results.json.
+"""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from config import Config, fail, find_recipe, parse_args
+from lab.arms import BASE, INFONCE, PLAIN
+from lab.search import Args, different_answers, embed, held_out, measures, ranks_of, rows_of
+from lab.sweep import Cell, make_cell, result_of, train_cells
+from plumbing.files import write_json
+from plumbing.linear_map import ridge
+from plumbing.processes import pick_device, run_main, versions
+from plumbing.stats import mean_sd, plus_minus
+from run import Run, data_of, load_run
+from views import TEXT, Pairs
+
+WAYS = ("[PRED]", "last token", "mean", "last token, mapped", "mean, mapped")
+N_FIT = 8000  # pairs of train that a map is fitted on, at most
+Found = dict[str, dict[str, list[float]]]  # "arm, way" -> measure -> a value per seed
+
+
+class Setting(NamedTuple):
+    """What is trained: a recipe, fields over it, and over those the fields of each arm."""
+
+    recipe: str
+    base: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    seeds: Sequence[int] = range(3)
+
+
+# The JEPA loss alone. Its weight does not matter then: AdamW does not see the gradient's size.
+ALONE = dict(jepa_loss="infonce", jepa_weight=1.0, spread="none", spread_weight=0.0,
+             jepa_warmup_iters=0, ce_weight=0.0, eval_answers=0)  # fmt: skip
+SETTINGS = {
+    "nlrx": Setting("nlrx_jepa", BASE, {"λ 0": PLAIN, "JEPA": INFONCE, "retriever": ALONE}),
+    "gsm8k": Setting("gsm8k_nano", {}, {"λ 0": PLAIN, "JEPA": {}, "retriever": ALONE}),
+    "smollm2": Setting("smollm2_jepa", {}, {"λ 0": PLAIN, "JEPA": {}, "retriever": ALONE}, (1337,)),
+}
+
+
+@dataclass(frozen=True)
+class Options(Config):
+    # of the study; beside them any field that python train.py --help lists
+    jobs: int = 1  # runs to train at a time
+
+
+def main(argv: list[str]) -> None:
+    given, names = parse_args(Options, argv, f"python -m lab.search_study SETTING [--key=value ...]"
+                                             f"\n\n{__doc__}")  # fmt: skip
+    if len(names) != 1 or names[0] not in SETTINGS:
+        fail(f"name a setting: {', '.join(SETTINGS)}")
+    setting, jobs = SETTINGS[names[0]], given.pop("jobs", 1)
+    folder = Path(given.pop("out_dir", f"out/search-{names[0]}"))
+    for key, value in given.items():
+        if key in ("seed", "init_from") or any(key in arm for arm in setting.arms.values()):
+            fail(f"{key}={value}: the study sets {key} itself, arm by arm or seed by seed")
+    if jobs < 1:
+        fail(f"jobs={jobs} must be at least 1")
+    cells = cells_of(setting, given, folder)
+    n_failed = train_cells(list(cells.values()), jobs)
+    finished = {at: cell for at, cell in cells.items() if result_of(cell)}
+    if not finished:
+        fail("no run is finished")
+    found, about = search_all(finished)
+    about |= {"setting": names[0], "command": shlex.join(argv), **versions()}
+    print("\n".join(table(found, about)))
+    write_json(folder / "results.json", {"found": found, "provenance": about})
+    print(f"wrote {folder / 'results.json'}")
+    if n_failed:
+        raise SystemExit(1)
+
+
+def cells_of(setting: Setting, given: dict[str, Any], folder: Path) -> dict[tuple[str, int], Cell]:
+    """A run for each arm and seed; the first seed of all arms comes first."""
+    recipe, cells = find_recipe(setting.recipe), {}
+    for seed in setting.seeds:
+        for arm, fields in setting.arms.items():
+            name = arm.replace("λ ", "lambda_")
+            overrides = {**setting.base, **given, **fields, "seed": seed,
+                         "out_dir": f"{folder}/{name}-{seed}"}  # fmt: skip
+            cells[arm, seed] = make_cell(recipe, overrides, {"arm": arm, "seed": seed})
+    return cells
+
+
+def search_all(cells: dict[tuple[str, int], Cell]) -> tuple[Found, dict]:
+    """What each run finds in each way, and BM25; and what it was asked."""
+    found, asked = {}, set()
+    for (arm, _), cell in cells.items():
+        device, autocast = pick_device(cell.config.device, cell.config.dtype)
+        run = load_run(cell.folder, device)
+        pairs, name, _ = held_out(run, Args())
+        answers, own = different_answers(pairs)
+        asked.add((name, run.provenance["data"]["train_sha256"], len(pairs), len(answers)))
+        if len(asked) > 1:
+            fail(f"the runs were trained on, or ask, different data: {sorted(asked)}; with another "
+                 "--out_dir all of them are trained anew")  # fmt: skip
+        if not found:
+            found["BM25, words"] = of_seed(bm25_ranks(run, pairs, answers, own))
+        for way, ranks in ranks_by_way(run, pairs, answers, own, autocast).items():
+            for measure, [value] in of_seed(ranks).items():
+                values = found.setdefault(f"{arm}, {way}", {}).setdefault(measure, [])
+                values.append(value)
+    [(name, digest, n, n_answers)] = asked
+    seeds = sorted({seed for _, seed in cells})
+    return found, {"pairs": name, "train_sha256": digest, "n": n, "different_answers": n_answers,
+                   "seeds": seeds, "trained": {str(cell.folder): result_of(cell)["commit"]
+                                               for cell in cells.values()}}  # fmt: skip
+
+
+def of_seed(ranks: np.ndarray) -> dict[str, list[float]]:
+    return {measure: [value] for measure, value in measures(ranks).items()}
+
+
+def ranks_by_way(
+    run: Run, pairs: Pairs, answers: Pairs, own: np.ndarray, autocast
+) -> dict[str, np.ndarray]:
+    """The ranks of the own answers by each of WAYS; maps are fitted on pairs of train."""
+    train = data_of(run, "").pairs["train"]
+    train = train.take(np.random.default_rng(0).permutation(len(train))[:N_FIT])
+    question, answer = rows_of(run.config)
+    text, end, lone = (TEXT, "last"), (question[-1], "last"), answer[-1]
+    of_question = [end, text, (TEXT, "mean")]
+    of_answer = [(lone, run.config.pooling), (lone, "last"), (lone, "mean")]
+    queries, fit_x = (embed(run, some, question, of_question, autocast) for some in (pairs, train))
+    targets = embed(run, answers, answer, of_answer, autocast)
+    fit_y = embed(run, train, answer, of_answer, autocast)
+    ranks = {way: ranks_of(queries[i], targets[i], own) for i, way in enumerate(WAYS[:3])}
+    for i in (1, 2):
+        x, y, query, target = (torch.from_numpy(vectors[i]).double()
+                               for vectors in (fit_x, fit_y, queries, targets))  # fmt: skip
+        fitted = ridge(x, y)
+        mapped = fitted(query), (target - fitted.y_mean) / fitted.y_std
+        ranks[f"{WAYS[i]}, mapped"] = ranks_of(*(F.normalize(v, dim=-1).numpy() for v in mapped),
+                                               own)  # fmt: skip
+    return ranks
+
+
+def bm25_ranks(run: Run, pairs: Pairs, answers: Pairs, own: np.ndarray) -> np.ndarray:
+    """The ranks of the own answers by BM25 (Lucene's form, k1 1.5, b .75) over words and single
+    signs in lower case; ties count against it, and so does an answer that shares no word."""
+    try:
+        import bm25s
+    except ImportError:
+        fail("BM25 needs a package: pip install bm25s")
+
+    def words(pairs: Pairs, view) -> list[list[str]]:
+        texts = (run.tokenizer.decode(view(pairs, example)) for example in range(len(pairs)))
+        return [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
+
+    index = bm25s.BM25()
+    index.index(words(answers, Pairs.answer), show_progress=False)
+    ranks = np.full(len(pairs), len(answers))
+    for row, query in enumerate(words(pairs, Pairs.question)):
+        if shared := [word for word in query if word in index.vocab_dict]:
+            scores = index.get_scores(shared)
+            ranks[row] = (scores >= scores[own[row]]).sum()
+    return ranks
+
+
+def table(found: Found, about: dict) -> list[str]:
+    """A Markdown row per arm and way, mean ± sd over seeds."""
+    lines = [f"{about['n']} questions of {about['pairs']} among {about['different_answers']} "
+             f"different answers, seeds {about['seeds']}",
+             "", "| trained | searched by | recall@1 | recall@10 | MRR |", "|---|---|---|---|---|"]
+    for name, values in found.items():
+        arm, _, way = name.partition(", ")
+        shown = (plus_minus(*mean_sd(each), 3) for each in values.values())
+        lines.append(f"| {arm} | {way} | {' | '.join(shown)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    run_main(main)
