@@ -1,12 +1,13 @@
 """Text from a trunk: greedy or drawn, with a key/value cache; questions answered, answers scored.
 
     generate        continue token lists of any lengths as one batch
+    generate_steps  the same, token by token
     generate_plain  the same, slow and obvious, which the tests hold it to
     answer          answers to questions of a split, with their scores
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,17 +36,31 @@ class Sampling(NamedTuple):
 GREEDY = Sampling(temperature=0)
 
 
-@torch.inference_mode()
 def generate(
     trunk: Trunk, prompts: list[list[int]], max_new_tokens: int, eot: int,
     sampling: Sampling = GREEDY, streams: list[int] | None = None,
 ) -> list[list[int]]:
-    """Continue token lists, each of 1 to longest_path tokens, as one batch with a cache. `streams`
-    says which random numbers each prompt's answer is drawn by: see Draw.
+    """Continue token lists as one batch (see generate_steps). Returns each prompt's new tokens;
+    they end in eot if it stopped."""
+    outputs = [[] for _ in prompts]
+    for rows, tokens in generate_steps(trunk, prompts, max_new_tokens, eot, sampling, streams):
+        for row, token in zip(rows.tolist(), tokens.tolist()):
+            outputs[row].append(token)
+    return outputs
+
+
+@torch.inference_mode()
+def generate_steps(
+    trunk: Trunk, prompts: list[list[int]], max_new_tokens: int, eot: int,
+    sampling: Sampling = GREEDY, streams: list[int] | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Continue token lists, each of 1 to longest_path tokens, as one batch with a cache, token by
+    token. `streams` says which random numbers each prompt's answer is drawn by: see Draw.
 
     `eot`, end of text, stops a row; without trunk.n_drawn it is the largest id that may be drawn
-    (separator and padding of the table lie above it). Returns each prompt's new tokens; they end in
-    eot if it stopped."""
+    (separator and padding of the table lie above it). Yields after every step the numbers of the
+    rows that were not done, (b,), and the token that each of them got, (b,). Several threads may
+    generate from one trunk at a time, and whoever closes the iterator ends it."""
     assert prompts and all(0 < len(p) <= trunk.longest_path for p in prompts)
     device, most = trunk.device, trunk.longest_path
     length = torch.tensor([len(p) for p in prompts], device=device)
@@ -63,7 +78,7 @@ def generate(
     position_ids = position_ids.clamp(max=most - 1)
 
     draw, cache = Draw(sampling, streams or range(B), S - width, device), trunk.new_cache()
-    done = torch.zeros(B, dtype=torch.bool, device=device)
+    done = length >= most
     rows = torch.arange(B, device=device)  # those still in the batch
     start = 0
     with packed_weights(trunk):
@@ -87,11 +102,11 @@ def generate(
             ).view(len(rows), -1)  # (rows, C)
             drawn = draw(trunk.logits(hidden).float()[:, : trunk.n_drawn or eot + 1], rows)
             tokens[rows, new] = drawn
+            going = ~done[rows]  # finished rows stay for a while
             done[rows] |= (drawn == eot) | (length[rows] + new - width + 1 >= most)
+            yield rows[going], drawn[going]
             if done.all():
                 break
-    outputs = [tokens[i, width : width + most - len(p)].tolist() for i, p in enumerate(prompts)]
-    return [ids[: ids.index(eot) + 1] if eot in ids else ids for ids in outputs]
 
 
 @torch.inference_mode()

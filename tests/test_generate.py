@@ -6,7 +6,7 @@ import torch
 from test_model import EOT, V, make_gpt, plain_gpt
 
 import generate as generate_module
-from generate import GREEDY, Draw, Sampling, generate, generate_plain
+from generate import GREEDY, Draw, Sampling, generate, generate_plain, generate_steps
 
 PROMPTS = [[5, 9, 2, 40, 13], [21], [8, 30, 12], [3, 3, 3, 3, 3, 3, 3, 61]]
 
@@ -114,6 +114,40 @@ def test_each_token_is_computed_once():
     passes.clear()
     generate_plain(gpt, PROMPTS, 6, EOT)
     assert passes == [(1, len(p) + i) for i in range(6) for p in PROMPTS]
+
+
+# --- token by token ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_the_steps_joined_are_what_generate_returns(options):
+    """Each row's tokens come once, in order, and none after its end."""
+    gpt, sampling = make_gpt(scale=8).eval(), Sampling(**options, seed=1)
+    prompts = [[(11 * i + 5 * j) % V for j in range(n)] for i, n in enumerate((1, 31, 12, 32, 7))]
+    texts = [[] for _ in prompts]
+    for rows, tokens in generate_steps(gpt, prompts, 12, 15, sampling):
+        assert len(rows) == len(tokens) > 0 and len(set(rows.tolist())) == len(rows)
+        for row, token in zip(rows.tolist(), tokens.tolist()):
+            texts[row].append(token)
+    assert texts == generate_plain(gpt, prompts, 12, 15, sampling)
+    assert len(set(map(len, texts))) > 2  # rows of several lengths
+
+
+def test_iterators_on_one_model_do_not_mix_and_one_may_be_closed():
+    gpt, sampling = make_talker(), Sampling(seed=2)
+    alone = [generate(gpt, [prompt], 10, EOT, sampling)[0] for prompt in PROMPTS[:3]]
+    together = [generate_steps(gpt, [prompt], 10, EOT, sampling) for prompt in PROMPTS[:3]]
+    texts = [[], [], []]
+    for step in range(10):
+        for text, steps in zip(texts, together):
+            if text is texts[1] and step >= 4:
+                steps.close()
+            else:
+                text += next(steps)[1].tolist()
+            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert texts == [alone[0], alone[1][:4], alone[2]]
+    loss = gpt.wte.weight.sum()  # a model that answers can still be trained
+    loss.backward()
 
 
 # --- when rows stop ---------------------------------------------------------------------------
