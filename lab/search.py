@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from config import Config, fail, parse_args, relocated
-from data import questions_in_train, read_questions
+from data import Data, questions_in_train, read_questions
 from model import read_hidden
 from plumbing.files import sha256_of, write_folder, write_json
 from plumbing.processes import pick_device, run_main, versions
@@ -272,10 +272,14 @@ def held_out(run: Run, args: Args) -> tuple[Pairs, str, int]:
         known = questions_in_train(rows, relocated(run.config, args.data_dir))
         print(f"{known} of {len(rows)} questions of {args.answers} are in train")
         return tokenize(rows[:], run.tokenizer, run.config)[0], args.answers, len(rows)
-    data = data_of(run, args.data_dir)
+    return last_split(data_of(run, args.data_dir))
+
+
+def last_split(data: Data) -> tuple[Pairs, str, int]:
+    """Test, or validation where there is none; its name; its rows before any was left out."""
     split = "test" if "test" in data.pairs else "val"
-    n_rows = data.provenance[f"{split}_rows"]
-    return data.pairs[split], f"{data.provenance['dataset']}, {split}", n_rows
+    name = f"{data.provenance['dataset']}, {split}"
+    return data.pairs[split], name, data.provenance[f"{split}_rows"]
 
 
 def different_answers(pairs: Pairs) -> tuple[Pairs, np.ndarray]:

@@ -11,6 +11,8 @@ mean hidden state of both texts, by those after a ridge map that is fitted on tr
 Writes results.json.
 """
 
+import contextlib
+import io
 import re
 import shlex
 from collections.abc import Sequence
@@ -23,8 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from config import Config, fail, find_recipe, parse_args
+from data import Data
 from lab.arms import BASE, INFONCE, PLAIN
-from lab.search import Args, different_answers, embed, held_out, measures, ranks_of, rows_of
+from lab.search import different_answers, embed, last_split, measures, ranks_of, rows_of
 from lab.sweep import Cell, make_cell, result_of, train_cells
 from plumbing.files import write_json
 from plumbing.linear_map import ridge
@@ -102,23 +105,29 @@ def cells_of(setting: Setting, given: dict[str, Any], folder: Path) -> dict[tupl
 
 
 def search_all(cells: dict[tuple[str, int], Cell]) -> tuple[Found, dict]:
-    """What each run finds in each way, and BM25; and what it was asked."""
+    """What each run finds in each way, and BM25; and what was asked."""
     found, asked = {}, set()
-    for (arm, _), cell in cells.items():
-        device, autocast = pick_device(cell.config.device, cell.config.dtype)
-        run = load_run(cell.folder, device)
-        pairs, name, _ = held_out(run, Args())
+    for (arm, seed), cell in cells.items():
+        with contextlib.redirect_stdout(io.StringIO()):  # nine times what is said of the data
+            device, autocast = pick_device(cell.config.device, cell.config.dtype)
+            run = load_run(cell.folder, device)
+            data = data_of(run, "")
+        pairs, name, _ = last_split(data)
         answers, own = different_answers(pairs)
-        asked.add((name, run.provenance["data"]["train_sha256"], len(pairs), len(answers)))
+        asked.add((name, data.provenance["train_sha256"], len(pairs), len(answers)))
         if len(asked) > 1:
             fail(f"the runs were trained on, or ask, different data: {sorted(asked)}; with another "
                  "--out_dir all of them are trained anew")  # fmt: skip
         if not found:
             found["BM25, words"] = of_seed(bm25_ranks(run, pairs, answers, own))
-        for way, ranks in ranks_by_way(run, pairs, answers, own, autocast).items():
+        of_run = ranks_by_way(run, data, answers, own, autocast)
+        for way, ranks in of_run.items():
             for measure, [value] in of_seed(ranks).items():
                 values = found.setdefault(f"{arm}, {way}", {}).setdefault(measure, [])
                 values.append(value)
+        best = max(of_run, key=lambda way: (of_run[way] == 1).mean())
+        print(f"{arm}, seed {seed} | recall@1 {(of_run[best] == 1).mean():.3f} by {best}",
+              flush=True)  # fmt: skip
     [(name, digest, n, n_answers)] = asked
     seeds = sorted({seed for _, seed in cells})
     return found, {"pairs": name, "train_sha256": digest, "n": n, "different_answers": n_answers,
@@ -131,10 +140,10 @@ def of_seed(ranks: np.ndarray) -> dict[str, list[float]]:
 
 
 def ranks_by_way(
-    run: Run, pairs: Pairs, answers: Pairs, own: np.ndarray, autocast
+    run: Run, data: Data, answers: Pairs, own: np.ndarray, autocast
 ) -> dict[str, np.ndarray]:
     """The ranks of the own answers by each of WAYS; maps are fitted on pairs of train."""
-    train = data_of(run, "").pairs["train"]
+    pairs, train = last_split(data)[0], data.pairs["train"]
     train = train.take(np.random.default_rng(0).permutation(len(train))[:N_FIT])
     question, answer = rows_of(run.config)
     text, end, lone = (TEXT, "last"), (question[-1], "last"), answer[-1]

@@ -13,7 +13,7 @@ import torch
 from conftest import error_line, sums
 
 from lab import search_study
-from lab.search import Args, different_answers, held_out, measures, ranks_of
+from lab.search import different_answers, measures, ranks_of
 from lab.search_study import SETTINGS, WAYS, Setting
 from plumbing.linear_map import ridge
 from run import data_of, load_run
@@ -43,9 +43,10 @@ def test_each_way_equals_plain_hidden_states(tiny_run):
     """Question and answer in rows of their own, one at a time, without padding."""
     tiny_run(jepa_loss="infonce", spread="none", spread_weight=0)
     run = load_run(Path("out/tiny"), CPU)
-    pairs, _, _ = held_out(run, Args())
+    data = data_of(run, "")
+    pairs, train = data.pairs["val"], data.pairs["train"]
     answers, own = different_answers(pairs)
-    found = search_study.ranks_by_way(run, pairs, answers, own, nullcontext)
+    found = search_study.ranks_by_way(run, data, answers, own, nullcontext)
     assert tuple(found) == WAYS
 
     def states(some, view):
@@ -66,7 +67,6 @@ def test_each_way_equals_plain_hidden_states(tiny_run):
                 "[PRED]": unit([h[-1] for h in alone])}  # fmt: skip
 
     x, y = both(pairs, TEXT), both(answers, CODE)
-    train = data_of(run, "").pairs["train"]
     train = train.take(np.random.default_rng(0).permutation(len(train)))
     fit_x, fit_y = both(train, TEXT), both(train, CODE)
     for way in ("[PRED]", "last token", "mean"):
@@ -85,7 +85,7 @@ def test_bm25_is_its_formula(tiny_run):
     pytest.importorskip("bm25s")
     tiny_run(max_iters=1)
     run = load_run(Path("out/tiny"), CPU)
-    pairs, _, _ = held_out(run, Args())
+    pairs = data_of(run, "").pairs["val"]
     answers, own = different_answers(pairs)
     own = (own + 3) % len(answers)  # the right ones are all found at once
     decode = run.tokenizer.decode
@@ -125,9 +125,9 @@ def test_it_runs_from_end_to_end_and_picks_up_where_it_was(tmp_path, monkeypatch
     assert all(len(values) == 2 for name in list(found)[1:] for values in found[name].values())
     assert about["n"] == 12 and about["seeds"] == [0, 1] and len(about["trained"]) == 6
     run = load_run(Path("out/search-nlrx/JEPA-1"), CPU)
-    pairs, _, _ = held_out(run, Args())
-    answers, own = different_answers(pairs)
-    ranks = search_study.ranks_by_way(run, pairs, answers, own, nullcontext)
+    data = data_of(run, "")
+    answers, own = different_answers(data.pairs["val"])
+    ranks = search_study.ranks_by_way(run, data, answers, own, nullcontext)
     assert found["JEPA, [PRED]"]["mrr"][1] == pytest.approx(measures(ranks["[PRED]"])["mrr"])
     search_study.main(["nlrx", "--dataset=sums.jsonl"])
     again = capsys.readouterr().out
