@@ -63,6 +63,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """What is nan or infinite becomes null: JSON has neither, and most programs refuse them."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 

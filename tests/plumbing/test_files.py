@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -59,6 +60,13 @@ def ckpt(tmp_path):
 
 
 # --- whole or not at all ----------------------------------------------------------------------
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1.5, math.nan], "b": {"c": math.inf, "d": "NaN"}})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"a": [1.5, None], "b": {"c": None, "d": "NaN"}}
+    assert "Infinity" not in text
 
 
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
