@@ -50,6 +50,7 @@ class Config:
     eval_answers: int = 0  # held-out questions it answers (val_exact ...); 0 does not ask
     score: str = "auto"  # of answers: auto (train decides) | number | final | string | regex
     log_interval: int = 10  # steps between progress lines
+    track: str = "none"  # none | trackio | wandb: a tracker that gets metrics.jsonl's records too
     # data
     data_dir: str = ""  # folder of GSM8K's train.jsonl and test.jsonl; empty means data/gsm8k
     offline_fallback: bool = True  # train on word_problems when gsm8k cannot be had
@@ -99,13 +100,14 @@ class Config:
 
 # Where a run happens and how much of it is shown, not what is trained: two runs that differ in
 # these alone are one and the same. Resuming, sweeps and eval_alignment.py go by it.
-WHERE = ("recipe", "out_dir", "init_from", "device", "compile", "data_dir", "log_interval")
+WHERE = ("recipe", "out_dir", "init_from", "device", "compile", "data_dir", "log_interval", "track")
 # How long a run takes and how often it is measured: a resumed one may change it.
 LATER = ("max_iters", "lr_decay_iters", "eval_interval", "patience")
 
 CHOICES = {
     "init_from": ("scratch", "resume", "previous"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "track": ("none", "trackio", "wandb"),
     "bad_lines": ("error", "skip"),
     "tokenizer": ("gpt2", "bpe", "words"),
     "template": ("plain", "chat"),

@@ -22,6 +22,7 @@ from model import GPT, Trunk
 from plumbing import files
 from plumbing.processes import clock, versions
 from plumbing.tokenizers import Tokenizer, load_tokenizer
+from plumbing.track import Tracker, start_tracker
 from views import layout_of
 
 FORMAT = "nanoJEPA 2"  # of a checkpoint
@@ -163,10 +164,12 @@ class Folder(NamedTuple):
     data: Data
     provenance: dict[str, Any]
     first: bool
+    tracker: Tracker = Tracker()
 
     def log(self, **record) -> None:
         if self.first:
             files.append_lines(self.path / "metrics.jsonl", [record])
+            self.tracker.log(record)
 
     def how_to_resume(self) -> str:
         """The command line that goes on with this run."""
@@ -304,10 +307,10 @@ def provenance_of(
     return provenance
 
 
-def start_folder(folder: Folder, config: Config, progress: Progress, again: bool) -> None:
-    """config.json and metrics.jsonl; a new run moves an earlier one of its name out of the way.
-    A resumed one drops what was logged after its checkpoint, and the evaluation at that very step
-    if it comes `again`."""
+def start_folder(folder: Folder, config: Config, progress: Progress, again: bool) -> Folder:
+    """The folder with its tracker, and in it config.json and metrics.jsonl. A new run moves an
+    earlier one of its name out of the way. A resumed one drops what was logged after its
+    checkpoint, and the evaluation at that very step if it comes `again`."""
     path, kept = folder.path, []
     files.claim_run(path)
     if config.init_from == "previous":
@@ -321,3 +324,4 @@ def start_folder(folder: Folder, config: Config, progress: Progress, again: bool
     about = {"config": asdict(config), "provenance": folder.provenance}
     files.write_json(path / "config.json", about)
     files.write_lines(path / "metrics.jsonl", kept)
+    return folder._replace(tracker=start_tracker(config.track, path, about))

@@ -38,6 +38,7 @@ from plumbing.processes import (
     pick_device,
     run_main,
 )
+from plumbing.track import refuse_tracker
 from run import Folder, Progress, make_model, provenance_of, read_to_resume, restore, start_folder
 from views import Pairs, layout_of
 
@@ -315,6 +316,8 @@ def main(argv: list[str]) -> None:
         fail(f"objective={config.objective} reads its target in the row itself: stop_grad and ema "
              "have nothing to encode apart")
     processes = join_processes(config.device)
+    if not processes.rank:
+        refuse_tracker(config.track)
     if config.batch_size % processes.world:
         fail(f"batch_size={config.batch_size} cannot be shared evenly by {processes.world} "
              "processes")
@@ -342,10 +345,13 @@ def main(argv: list[str]) -> None:
     provenance = {**provenance_of(argv, data, model, saved), "parameters": n_parameters}
     folder = Folder(out_dir, data, provenance, processes.rank == 0)
     if folder.first:
-        start_folder(folder, config, progress, again=evaluates(progress.step, config))
+        folder = start_folder(folder, config, progress, again=evaluates(progress.step, config))
 
     print(f"ready after {time.time() - started:.1f} s")
-    measures = train(t, folder, progress)
+    try:
+        measures = train(t, folder, progress)
+    finally:
+        folder.tracker.finish()
     processes.leave()
     if not folder.first:
         return
