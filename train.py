@@ -38,6 +38,7 @@ from plumbing.processes import (
     pick_device,
     run_main,
 )
+from plumbing.progress import NO_BAR, bar_of
 from plumbing.track import refuse_tracker
 from run import Folder, Progress, make_model, provenance_of, read_to_resume, restore, start_folder
 from views import Pairs, layout_of
@@ -208,7 +209,7 @@ def make_optimizer(model: Trunk, config: Config) -> torch.optim.AdamW:
 # --- the loop ---------------------------------------------------------------------------------
 
 
-def train(t: Training, folder: Folder, progress: Progress) -> dict[str, float]:
+def train(t: Training, folder: Folder, progress: Progress, bar=NO_BAR) -> dict[str, float]:
     """Steps until max_iters or a signal. Returns the measures of the last evaluation."""
     config, device, stop = t.pairs.config, t.model.device, StopSignal()
     measures, warned, recent = {}, False, deque(maxlen=20)  # recent: seconds and tokens of steps
@@ -256,7 +257,8 @@ def train(t: Training, folder: Folder, progress: Progress) -> dict[str, float]:
         progress.seconds += took
         folder.log(step=step, **total, lr=lr, tokens=progress.tokens, flops=progress.flops,
                    seconds=progress.seconds)
-        if step % config.log_interval == 0:
+        bar.update(1, f"loss {total['loss']:.4f}")
+        if step % config.log_interval == 0 and not bar.shown:
             print(progress.line(total, recent, measures, config), flush=True)
         progress.step += 1
 
@@ -349,7 +351,8 @@ def main(argv: list[str]) -> None:
 
     print(f"ready after {time.time() - started:.1f} s")
     try:
-        measures = train(t, folder, progress)
+        with bar_of(config.max_iters, "step", done=progress.step) as bar:
+            measures = train(t, folder, progress, bar)
     finally:
         folder.tracker.finish()
     processes.leave()

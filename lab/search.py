@@ -30,6 +30,7 @@ from data import Data, questions_in_train, read_questions
 from model import read_hidden
 from plumbing.files import sha256_of, write_folder, write_json
 from plumbing.processes import pick_device, run_main, versions
+from plumbing.progress import watched
 from plumbing.stats import wilson
 from run import Run, chosen_run, data_of
 from views import AGAIN, CODE, TARGET, TEXT, Pairs, layout_of, tokenize
@@ -215,7 +216,7 @@ def open_table(run: Run, answers: Sequence[str], autocast) -> Table:
 def write_table(folder: Path, run: Run, answers: list[str], autocast) -> None:
     kept = 0
     with write_folder(folder) as append:
-        for begin in range(0, len(answers), CHUNK):
+        for begin in watched(range(0, len(answers), CHUNK), "chunk"):
             pairs = pairs_of(run, "code", answers[begin : begin + CHUNK])
             append("vectors", embed_enc(run, pairs, autocast).astype(np.float16).tobytes())
             append("kept", (begin + pairs.source_row).astype(np.int64).tobytes())

@@ -48,6 +48,7 @@ from plumbing.files import (
 from plumbing.options import convert, help_text
 from plumbing.output import stops
 from plumbing.processes import ROOT, clock, run_main
+from plumbing.progress import Bar, bar_of
 from plumbing.stats import mean_sd, plus_minus
 from run import FORMAT
 
@@ -197,8 +198,8 @@ def train_cells(cells: list[Cell], jobs: int) -> int:
             if earlier_provenance(cell, of_any_data=True) and not earlier_provenance(cell):
                 print(f"{name} | was trained on other data than there is now, or another split of "
                       "it: trained anew, the old run moves to earlier/", flush=True)
-    with noting_signals() as signals:
-        n_failed = train_waiting(waiting, min(jobs, len(waiting)), signals)
+    with noting_signals() as signals, bar_of(len(waiting), "run") as bar:
+        n_failed = train_waiting(waiting, min(jobs, len(waiting)), signals, bar)
     if signals:
         print("stopped; the same command goes on from here")
         raise SystemExit(128 + signals[0])
@@ -218,7 +219,9 @@ def noting_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train_waiting(waiting: list[tuple[str, Cell]], jobs: int, signals: list[int]) -> int:
+def train_waiting(
+    waiting: list[tuple[str, Cell]], jobs: int, signals: list[int], bar: Bar
+) -> int:
     """Train the cells, by name; how many failed. Once there are `signals`, no further one is
     started, and each signal is passed on to those in training."""
     waiting, running, took = list(waiting), [], []
@@ -229,6 +232,7 @@ def train_waiting(waiting: list[tuple[str, Cell]], jobs: int, signals: list[int]
                 name, cell = waiting.pop(0)
                 running.append(Child(name, cell, launch(cell, jobs), time.time()))
             time.sleep(0.1)
+            bar.update(0)
             for child in [child for child in running if child.process.poll() is not None]:
                 running.remove(child)
                 result = result_of(child.cell)
@@ -242,6 +246,7 @@ def train_waiting(waiting: list[tuple[str, Cell]], jobs: int, signals: list[int]
                 else:
                     n_failed += 1
                     end = f"FAILED, exit code {child.process.returncode}: {last_line(child.cell)}"
+                bar.update(1)
                 print(f"{child.name} | {end}", flush=True)
             if len(signals) > n_passed_on:
                 n_passed_on += 1
