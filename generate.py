@@ -60,7 +60,9 @@ def generate_steps(
     `eot`, end of text, stops a row; without trunk.n_drawn it is the largest id that may be drawn
     (separator and padding of the table lie above it). Yields after every step the numbers of the
     rows that were not done, (b,), and the token that each of them got, (b,). Several threads may
-    generate from one trunk at a time, and whoever closes the iterator ends it."""
+    generate from one trunk at a time, and whoever closes the iterator ends it. A step runs in the
+    autocast that is open around it, which has to be the same for all; inference mode is left in
+    between, so that whatever the caller does then is not changed by it."""
     assert prompts and all(0 < len(p) <= trunk.longest_path for p in prompts)
     device, most = trunk.device, trunk.longest_path
     length = torch.tensor([len(p) for p in prompts], device=device)
@@ -78,8 +80,9 @@ def generate_steps(
     position_ids = position_ids.clamp(max=most - 1)
 
     draw, cache = Draw(sampling, streams or range(B), S - width, device), trunk.new_cache()
-    done = length >= most
     rows = torch.arange(B, device=device)  # those still in the batch
+    left = most - length  # tokens that each of them may get
+    done = left <= 0
     start = 0
     with packed_weights(trunk):
         for new in range(width, S):
@@ -88,8 +91,8 @@ def generate_steps(
                 # Now and then finished rows leave and the cache grows. In between, shapes stay
                 # what they are: a CPU prepares matrix products anew for every shape.
                 if (new - width) % GROW == 1 % GROW:
-                    stay, room = ~done[rows], min(new + GROW - 1, S)
-                    rows = rows[stay]
+                    stay, room = ~done, min(new + GROW - 1, S)
+                    rows, left, done = rows[stay], left[stay], done[stay]
                     cache.resize(stay, room)
                 start, end = new - 1, room
             # The last token of a row is its prompt's end at first, then the newest column.
@@ -102,9 +105,11 @@ def generate_steps(
             ).view(len(rows), -1)  # (rows, C)
             drawn = draw(trunk.logits(hidden).float()[:, : trunk.n_drawn or eot + 1], rows)
             tokens[rows, new] = drawn
-            going = ~done[rows]  # finished rows stay for a while
-            done[rows] |= (drawn == eot) | (length[rows] + new - width + 1 >= most)
-            yield rows[going], drawn[going]
+            step = rows, drawn
+            if done.any():  # finished rows stay for a while
+                step = rows[~done], drawn[~done]
+            done = done | (drawn == eot) | (left <= new - width + 1)
+            yield step
             if done.all():
                 break
 

@@ -74,7 +74,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         return ctx.saved_tensors[0].mul_(grad), None
 
 
-packing = threading.Lock()
+packing = threading.RLock()  # taken again where a forgotten generator is collected within it
 users: dict[int, int] = {}  # how many are within packed_weights, by the id of their model
 
 

@@ -1,6 +1,8 @@
 """Claims about generate.py: the cached batch equals the slow and obvious one; when rows stop; how
 tokens are drawn. Questions and answers are in test_evaluate.py."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_model import EOT, V, make_gpt, plain_gpt
@@ -120,17 +122,46 @@ def test_each_token_is_computed_once():
 
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_the_steps_joined_are_what_generate_returns(options):
-    """Each row's tokens come once, in order, and none after its end."""
-    gpt, sampling = make_gpt(scale=8).eval(), Sampling(**options, seed=1)
-    prompts = [[(11 * i + 5 * j) % V for j in range(n)] for i, n in enumerate((1, 31, 12, 32, 7))]
-    texts = [[] for _ in prompts]
-    for rows, tokens in generate_steps(gpt, prompts, 12, 15, sampling):
-        assert len(rows) == len(tokens) > 0 and len(set(rows.tolist())) == len(rows)
-        for row, token in zip(rows.tolist(), tokens.tolist()):
-            texts[row].append(token)
-    assert texts == generate_plain(gpt, prompts, 12, 15, sampling)
-    assert len(set(map(len, texts))) > 2  # rows of several lengths
+@pytest.mark.parametrize("grow", [1, 3, 32])
+def test_a_row_is_in_every_step_up_to_its_last_token(options, grow, monkeypatch):
+    """Prompts of 1 to 32 tokens, of which 32 fit. A row that has said end of text stays in the
+    batch for a while, and a full one is in it at first: no step tells of them."""
+    monkeypatch.setattr(generate_module, "GROW", grow)
+    gpt, eot, new, sampling = make_gpt(scale=8).eval(), 15, 12, Sampling(**options, seed=1)
+    prompts = [[(11 * i + 5 * j) % V for j in range(n)] for i, n in enumerate((1, 31, 32, 20, 25))]
+    expected = generate_plain(gpt, prompts, new, eot, sampling)
+    steps = [(rows.tolist(), tokens.tolist())
+             for rows, tokens in generate_steps(gpt, prompts, new, eot, sampling)]  # fmt: skip
+    assert len(steps) == max(map(len, expected)) and len(set(map(len, expected))) > 2
+    for number, (rows, tokens) in enumerate(steps):
+        assert rows == [row for row, ids in enumerate(expected) if len(ids) > number]
+        assert tokens == [expected[row][number] for row in rows]
+    assert list(generate_steps(gpt, prompts, 0, eot)) == []
+
+
+def modes():
+    return torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+
+def test_steps_of_several_threads_leave_no_mode_behind():
+    """A server's threads take turns on one iterator; what runs there afterwards is as before."""
+    gpt, seen = make_talker(), []
+    gpt.ln_f.register_forward_hook(lambda *_: seen.append(modes()))
+
+    def take(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            return next(steps)[1].tolist()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generate(gpt, PROMPTS, 6, EOT)
+    seen.clear()
+    steps = generate_steps(gpt, PROMPTS, 6, EOT)
+    with ThreadPoolExecutor(1) as pool:
+        for number in range(6):
+            tokens = pool.submit(take, steps).result() if number % 2 else take(steps)
+            assert tokens == [row[number] for row in expected]
+            assert modes() == pool.submit(modes).result() == (False, False)
+    assert seen == 6 * [(True, True)]
 
 
 def test_iterators_on_one_model_do_not_mix_and_one_may_be_closed():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_model import EOT, make_gpt
 
-from generate import Sampling, generate
+from generate import Sampling, generate, generate_steps
 from plumbing import kernels
 from plumbing.kernels import (
     SummedCrossEntropy,
@@ -237,6 +237,58 @@ def test_several_threads_generate_at_once_on_one_model(temperature, packing, mon
         together = list(pool.map(job, *zip(*jobs)))
     assert len(met) == n and packing["packed"] == 9, "they were within at the same time"
     assert together == alone
+    assert_nothing_packed(gpt)
+
+
+def test_iterators_take_turns_on_packed_weights(packing):
+    """One is closed half-way and one dropped; the last one to go unpacks. In between, the caller
+    trains on the plain layers."""
+    gpt, prompts = make_gpt(scale=8, block_size=64).float().eval(), [[5, 9, 2], [21]]
+
+    def begin(seed):
+        return generate_steps(gpt, prompts, 12, EOT, Sampling(seed=seed))
+
+    def take(steps):
+        with in_bf16():
+            return next(steps, (None, torch.tensor([])))[1].tolist()
+
+    alone = [[take(steps) for _ in range(13)] for steps in map(begin, range(4))]
+    assert_nothing_packed(gpt)
+    packing["packed"], steps, together = 0, [*map(begin, range(4))], [[], [], [], []]
+    for number in range(12):
+        for at, each in enumerate(steps):
+            together[at] += [take(each)] if each else []  # a step's tokens
+        if number == 4:
+            steps[1].close()
+            steps[1] = None
+        if number == 6:
+            steps[2], before = None, packing["none"]
+            gpt.lm_head(torch.randn(2, 32)).sum().backward()
+            assert packing["none"] == before
+        assert "forward" in vars(gpt.lm_head), "somebody is still within"
+    assert packing["packed"] == 9, "once"
+    steps[0].close(), steps[3].close()
+    assert_nothing_packed(gpt)
+    for at, n in enumerate((12, 5, 7, 12)):
+        assert together[at] == alone[at][:n]
+
+
+def test_threads_that_come_and_go_leave_nothing_packed(packing):
+    """Each begins an answer many times, and ends some of them early."""
+    gpt, prompts = make_gpt(scale=8, block_size=64).float().eval(), [[5, 9, 2], [21]]
+
+    def job(seed):
+        found = []
+        for n in (3, 12, 1, 5) * 3:
+            with in_bf16():
+                steps = generate_steps(gpt, prompts, 12, EOT, Sampling(seed=seed))
+                found.append([tokens.tolist() for (_, tokens), _ in zip(steps, range(n))])
+                steps.close()
+        return found
+
+    alone = [job(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(job, range(4))) == alone
     assert_nothing_packed(gpt)
 
 
