@@ -3,18 +3,26 @@
     python sample.py                            the newest run, three validation questions
     python sample.py out/gsm8k_jepa --prompt="..." --num_samples=2
     python sample.py out/gsm8k_jepa --best      the weights with the lowest validation loss
+    python sample.py out/gsm8k_jepa --interactive   ask, read, ask again; Ctrl-D leaves
+
+With --interactive an answer is printed while it is written. Ctrl-C ends it. Each question stands
+alone: the model is not told of those before. Out of a pipe, every line is a question.
 """
 
+import contextlib
 import math
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from config import fail, parse_args, relocated
 from data import load_data, same_split
-from generate import Sampling, generate
+from generate import Sampling, generate, generate_steps
 from plumbing.processes import pick_device, run_main
 from run import Run, chosen_run
 from views import frames, pred_tokens
+
+CUT_OFF = " [cut off: no end of text]"
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Args:
     # what to ask
     prompt: str = ""  # a question; empty asks held-out ones from the validation split
     system: str = ""  # what stands before the prompt; without it, the run's own system prompt
+    interactive: bool = False  # keep asking for questions, a line each; one answer to each of them
     num_samples: int = 3  # held-out questions, or answers to the prompt
     # how to answer
     max_new_tokens: int = 256  # at most; the context may end earlier
@@ -36,6 +45,10 @@ class Args:
     device: str = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
 
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
 
 class Question(NamedTuple):
     text: str
@@ -47,21 +60,25 @@ def main(argv: list[str]) -> None:
     values, runs = parse_args(Args, argv, f"python sample.py [RUN] [--key=value ...]\n\n{__doc__}")
     args = Args(**values)
     refuse(args, runs)
-    if "system" in values and not args.prompt:
+    if args.interactive and (unused := {"prompt", "num_samples"} & values.keys()):
+        fail(f"{' and '.join(sorted(unused))}: not with --interactive, which asks for questions "
+             "and answers each of them once")
+    if "system" in values and not (args.prompt or args.interactive):
         fail("system stands before a prompt; held-out questions have their own")
     device, autocast = pick_device(args.device, args.dtype)
     run = chosen_run(runs, args.out_dir, device, args.best)
     print(f"run {run.path}, step {run.step}, trained on {run.provenance['data']['dataset']}")
+    if args.interactive:
+        return converse(run, args, values.get("system"), autocast)
     if args.prompt:
         questions = [own_question(run, args.prompt, values.get("system"))] * args.num_samples
     else:
         questions = held_out_questions(run, args)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    prompts = [question.prompt for question in questions]
+    prompts, eot = [question.prompt for question in questions], run.tokenizer.eot
     with autocast():
-        outputs = generate(run.model, prompts, args.max_new_tokens, run.tokenizer.eot, sampling)
+        outputs = generate(run.model, prompts, args.max_new_tokens, eot, args.sampling)
     for question, output in zip(questions, outputs):
-        ended = "" if output[-1] == run.tokenizer.eot else " [cut off: no end of text]"
+        ended = "" if output[-1] == eot else CUT_OFF
         print(f"\n--- question\n{question.text}\n--- {run.name} answers\n"
               f"{run.tokenizer.decode(output)}{ended}")
         if question.right_answer is not None:
@@ -123,6 +140,50 @@ def held_out_questions(run: Run, args: Args) -> list[Question]:
     pairs, decode = data.pairs["val"], run.tokenizer.decode
     return [Question(decode(pairs.question(e)), pairs.prompt(e), decode(pairs.answer(e)))
             for e in range(min(args.num_samples, len(pairs)))]  # fmt: skip
+
+
+# --- question after question ------------------------------------------------------------------
+
+
+def converse(run: Run, args: Args, system: str | None, autocast) -> None:
+    """Answer questions as they are asked, until there are no more."""
+    in_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if in_terminal:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  gives input() its arrow keys
+    while True:
+        try:
+            text = input("> " if in_terminal else "")
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no input at all
+            print(end="\n" if in_terminal else "")
+            return
+        if not text.strip():
+            continue
+        try:
+            print_answer(run, args, own_question(run, text, system).prompt, autocast)
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        except SystemExit:  # a line has said why this cannot be asked
+            continue
+        if system is None and "systems" in run.provenance["data"]:
+            system = ""  # the same, but the note on it is said once
+
+
+def print_answer(run: Run, args: Args, prompt: list[int], autocast) -> None:
+    """Print an answer while it is written. Half a character is decoded as a �, so what ends in one
+    waits; so does a text that decodes otherwise than it began."""
+    ids, printed, decode, eot = [], "", run.tokenizer.decode, run.tokenizer.eot
+    steps = generate_steps(run.model, [prompt], args.max_new_tokens, eot, args.sampling)
+    with autocast(), contextlib.closing(steps):
+        for _, tokens in steps:
+            ids += tokens.tolist()
+            text = decode(ids).rstrip("\ufffd")
+            if text.startswith(printed):
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
+    text = decode(ids)
+    rest = text[len(printed) :] if text.startswith(printed) else f"\n{text}"
+    print(rest + ("" if ids[-1] == eot else CUT_OFF))
 
 
 if __name__ == "__main__":

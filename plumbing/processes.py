@@ -184,7 +184,7 @@ def run_main(main) -> None:
     """Run a script's main; what is not the script's fault ends in a line, not a traceback."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here; no figure needs a window
     fill_standard_numbers()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a ? where the encoding has no λ
     with steady_output():

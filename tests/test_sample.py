@@ -1,7 +1,13 @@
 """Claims about sample.py: which questions the model is given, and what is printed of them."""
 
+import contextlib
 import inspect
+import io
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +23,7 @@ from config import load_config
 from data import load_data
 from generate import Sampling
 from generators.relations import SIZES, Sizes
+from plumbing.processes import ROOT
 from run import load_run
 from views import TEXT
 
@@ -188,6 +195,163 @@ def test_questions_of_other_data_are_noted(tiny_run, monkeypatch, capsys):
     assert said in capsys.readouterr().out
 
 
+# --- question after question ------------------------------------------------------------------
+
+
+@pytest.fixture
+def converse(monkeypatch, capsys):
+    """A function that pipes lines into --interactive: its answers, and what stands on stderr."""
+
+    def ask(lines, *options):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        capsys.readouterr()
+        sample.main(["out/tiny", "--device=cpu", "--dtype=float32", "--interactive", *options])
+        printed = capsys.readouterr()
+        return printed.out.split("trained on ")[1].partition("\n")[2], printed.err
+
+    return ask
+
+
+@pytest.mark.parametrize("options", [[], ["--temperature=0"], ["--seed=5", "--top_p=0.9"]])
+def test_interactive_answers_are_those_of_a_prompt(options, tiny_run, converse, capsys):
+    """Each question stands alone, and gets what it gets without --interactive and the same seed."""
+    tiny_run()
+    questions, expected = ["What is 3 plus 2?", "1", "Wie viel ist das – 5 €?"], []
+    for question in questions:
+        sample.main(["out/tiny", "--device=cpu", "--dtype=float32", "--num_samples=1",
+                     f"--prompt={question}", *options])  # fmt: skip
+        expected.append(capsys.readouterr().out.partition("--- tiny answers\n")[2])
+    said, complaints = converse("\n".join(questions), *options)  # no line end after the last
+    assert said == "".join(expected) and complaints == ""
+    assert converse("\n  \n".join([*questions, ""]), *options)[0] == said  # nothing is no question
+    assert converse("") == ("", "")
+
+
+def test_what_cannot_be_asked_is_a_line_and_the_next_question_is_answered(tiny_run, converse):
+    tiny_run(max_iters=1)
+    alone, _ = converse("What is 3 plus 2?\n")
+    said, complaints = converse("12 plus " * 40 + "\nWhat is 3 plus 2?\n")
+    assert said == alone
+    [line] = complaints.splitlines()
+    assert line.startswith("error: ") and "leaves room for 63" in line
+
+
+def test_interactive_questions_stand_behind_their_system_prompt(
+    train_on_chats, converse, monkeypatch
+):
+    prompts, real = [], sample.generate_steps
+    monkeypatch.setattr(sample, "generate_steps", lambda trunk, new, *args: (
+        prompts.extend(new) or real(trunk, new, *args)))  # fmt: skip
+    train_on_chats(["Be polite.", "Be brief."])
+    tokenizer = load_run(Path("out/tiny"), CPU).tokenizer
+    [asked], [system] = tokenizer.encode(["What is 3 plus 2?"]), tokenizer.encode(["Be kind.\n"])
+    noted, _ = converse("What is 3 plus 2?\n" * 2)
+    assert noted.count("2 different system prompts; none stands before this one") == 1
+    assert "note" not in converse("What is 3 plus 2?\n" * 2, "--system=Be kind.")[0]
+    assert prompts == 2 * [[*asked, tokenizer.sep]] + 2 * [[*system, *asked, tokenizer.sep]]
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_questions(tiny_run, converse, monkeypatch):
+    tiny_run()
+    whole, real = converse("What is 3 plus 2?\n", "--temperature=0")[0], sample.generate_steps
+
+    def steps(*args):
+        for number, step in enumerate(real(*args)):
+            if number == 3 and not interrupted:
+                interrupted.append(1)
+                raise KeyboardInterrupt
+            yield step
+
+    interrupted = []
+    monkeypatch.setattr(sample, "generate_steps", steps)
+    said, _ = converse("What is 3 plus 2?\n" * 2, "--temperature=0")
+    first, stopped, second = said.partition(" [stopped]\n")
+    assert stopped and second == whole and len(first) < len(whole) and whole.startswith(first)
+
+
+class Letters:
+    """Text as bytes, a token each; a new line is the end. `falls_back`: as some tokenizers decode,
+    of which an unfinished character spoils the ones before it."""
+
+    eot = 10
+
+    def __init__(self, falls_back):
+        self.falls_back = falls_back
+
+    def decode(self, ids):
+        text = bytes(i for i in ids if i != self.eot)
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(text) if self.falls_back else text.decode(errors="replace")
+
+
+@pytest.mark.parametrize("falls_back", [False, True])
+@pytest.mark.parametrize("text", [
+    b"4 \xe2\x82\xac \xf0\x9f\x98\x80!\n", b"\xe2\x82", b"\n", b"a\xff\xffb\n", b"a\xe2\n",
+    "é\ufffd\ufffd.\n".encode(),
+])  # fmt: skip
+def test_no_half_of_a_character_is_printed(text, falls_back, monkeypatch):
+    """What is printed after each byte is whole, and in the end it is the text."""
+    printed, whole = [], Letters(falls_back).decode(text)
+    monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+    steps = ((torch.tensor([0]), torch.tensor([byte])) for byte in text)
+    monkeypatch.setattr(sample, "generate_steps", lambda *_: (
+        step for step in steps if printed.append(out.getvalue()) is None))  # fmt: skip
+    run = type("Run", (), {"tokenizer": Letters(falls_back), "model": None})
+    sample.print_answer(run, sample.Args(), [1], contextlib.nullcontext)
+    end = "\n" if text.endswith(b"\n") else " [cut off: no end of text]\n"
+    for at, before in enumerate(printed):
+        if not falls_back:  # all that is certain, and at once
+            complete = text[:at].decode(errors="replace").rstrip("\ufffd")
+            assert before == complete.rstrip("\n")
+        assert not before.endswith("\ufffd")
+    said = out.getvalue()
+    assert said == whole + end or (falls_back and said.endswith(f"\n{whole}{end}"))
+
+
+def test_in_a_terminal_ctrl_d_and_ctrl_c_leave(tiny_run):
+    """A prompt, an answer behind the echoed question, and no traceback."""
+    pty = pytest.importorskip("pty")
+    tiny_run(max_iters=1)
+    command = [sys.executable, str(ROOT / "sample.py"), *SAMPLE, "--interactive"]
+    for leave in (b"\x04", b"\x03"):
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs,
+                                   start_new_session=True, preexec_fn=own_terminal)  # fmt: skip
+        os.close(theirs)
+        seen = read_until(ours, "> ")
+        os.write(ours, b"What is 3 plus 2?\n")
+        seen += read_until(ours, "> ")
+        os.write(ours, leave)
+        assert process.wait(timeout=30) == 0
+        seen += read_until(ours, None)
+        os.close(ours)
+        assert "What is 3 plus 2?" in seen and "[cut off: no end of text]" in seen
+        assert "Traceback" not in seen and "error" not in seen
+
+
+def own_terminal():
+    """Make stdin the terminal of this process, so that Ctrl-C in it is a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def read_until(terminal, end):
+    """What a terminal shows up to `end`, or until it is closed."""
+    seen, deadline = "", time.time() + 60
+    while end is None or not seen.endswith(end):
+        assert time.time() < deadline, seen
+        try:
+            seen += os.read(terminal, 1000).decode(errors="replace")
+        except OSError:  # closed
+            assert end is None, seen
+            break
+    return seen
+
+
 # --- the command ------------------------------------------------------------------------------
 
 
@@ -242,6 +406,12 @@ def test_a_mistake_is_one_line(arg, capsys):
 def test_two_runs_or_a_prompt_without_its_key_are_one_line(capsys):
     line = error_line(capsys, sample.main, ["out/a", "What is 3 plus 2?"])
     assert "one run at a time" in line and "--prompt=" in line
+
+
+def test_interactive_takes_no_prompt(capsys):
+    for option in ("--prompt=a", "--num_samples=2"):
+        line = error_line(capsys, sample.main, ["out/a", "--interactive", option])
+        assert option[2:].partition("=")[0] in line and "asks for questions" in line
 
 
 def test_a_prompt_that_fills_the_context_is_one_line(tiny_run, capsys):
