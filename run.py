@@ -3,6 +3,7 @@
     make_model(config, vocab_size)  the only place where a trunk is constructed
     load_run(path, device)          a trained run, ready to evaluate
     data_of(run, folder)            the data that it was trained on, or a line that says it is not
+    prompt_of(run, question)        a question of the user's, as the run is asked
     Folder, Progress, restore       what training writes, and goes on from
 """
 
@@ -23,7 +24,7 @@ from plumbing import files
 from plumbing.processes import clock, versions
 from plumbing.tokenizers import Tokenizer, load_tokenizer
 from plumbing.track import Tracker, start_tracker
-from views import layout_of
+from views import frames, layout_of, pred_tokens
 
 FORMAT = "nanoJEPA 2"  # of a checkpoint
 
@@ -119,6 +120,30 @@ def tokenizer_of(state: dict[str, Any], path: Path) -> Tokenizer:
         fail(f"{path} was made with another tokenizer ({saved['name']} {saved['sha256'][:12]}, "
              f"here {tokenizer.sha256[:12]}); its answers would be noise")
     return tokenizer
+
+
+def prompt_of(run: Run, question: str, system: str | None = None) -> list[int]:
+    """The tokens that an answer to a user's question continues; `system` stands before it or, if
+    None, the run's own. ValueError with a sentence for a question that it cannot be asked."""
+    tokenizer, config = run.tokenizer, run.config
+    try:
+        [ids] = tokenizer.encode([question])
+    except ValueError as error:
+        raise ValueError(f"{question[:60]!r}: {error} of {run.path}, which has words such as "
+                         "'a3 b4 r2'") from None  # fmt: skip
+    row = run.provenance["data"] if system is None else {"system": system}
+    before, after, bare = [], [], []  # running text and facts go on without an end mark
+    if config.views not in ("split", "facts"):
+        [(before, after, _), (bare, _, _)] = frames([row, {}], tokenizer, config)
+    if system and before == bare:
+        raise ValueError(f"{run.path} was trained without system prompts (system_prompt="
+                         f"{config.system_prompt}, layout={config.layout}, views={config.views}): "
+                         "none can stand before a prompt")  # fmt: skip
+    ids = [*before, *ids, *after, *pred_tokens(config, tokenizer.vocab_size)]
+    if not 0 < len(ids) < config.block_size:
+        raise ValueError(f"the prompt has {len(ids):,} tokens, its end mark included; the context "
+                         f"of {run.path} leaves room for {config.block_size - 1:,}")  # fmt: skip
+    return ids
 
 
 @dataclass

@@ -19,8 +19,7 @@ from config import fail, parse_args, relocated
 from data import load_data, same_split
 from generate import Sampling, generate, generate_steps
 from plumbing.processes import pick_device, run_main
-from run import Run, chosen_run
-from views import frames, pred_tokens
+from run import Run, chosen_run, prompt_of
 
 CUT_OFF = " [cut off: no end of text]"
 
@@ -102,32 +101,13 @@ def refuse(args: Args, runs: list[str]) -> None:
 def own_question(run: Run, prompt: str, system: str | None) -> Question:
     """A question of the user's, in the form that the run was trained on; `system` stands before it
     or, if that is None, the run's own system prompt."""
-    text, tokenizer, config = prompt, run.tokenizer, run.config
-    if config.views == "facts":
-        text = "".join(f" {word}" for word in prompt.split())
+    if system is None and "systems" in run.provenance["data"]:
+        print(f"note: the run's questions began with {run.provenance['data']['systems']} different "
+              "system prompts; none stands before this one, --system=... names it")
     try:
-        [ids] = tokenizer.encode([text])
+        return Question(prompt, prompt_of(run, prompt, system), None)
     except ValueError as error:
-        fail(f"prompt={prompt!r}: {error} of {run.path}, which has words such as 'a3 b4 r2'")
-    # Running text and facts go on without an end mark.
-    if config.views not in ("split", "facts"):
-        row = run.provenance["data"] if system is None else {"system": system}
-        if system is None and "systems" in row:
-            print(f"note: the run's questions began with {row['systems']} different system prompts;"
-                  " none stands before this one, --system=... names it")
-        [(before, after, _)] = frames([row], tokenizer, config)
-        if system and before == frames([{}], tokenizer, config)[0].before:
-            fail(f"{run.path} was trained without system prompts (system_prompt="
-                 f"{config.system_prompt}, layout={config.layout}): none can stand before a prompt")
-        ids = [*before, *ids, *after]
-    elif system:
-        fail(f"{run.path} was trained with views={config.views}, which has no system prompts")
-    ids += pred_tokens(config, tokenizer.vocab_size)
-    room = config.block_size - 1
-    if not 0 < len(ids) <= room:
-        fail(f"the prompt has {len(ids)} tokens, its end mark included; the context of "
-             f"{run.path} leaves room for {room}")
-    return Question(prompt, ids, None)
+        fail(str(error))
 
 
 def held_out_questions(run: Run, args: Args) -> list[Question]:

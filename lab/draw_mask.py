@@ -4,16 +4,19 @@
 
 A toy pair with every block of the layout, packed by views.py and masked by model.py. Training
 leaves out [PRED] and the target at λ = 0, encodes the target in a row of its own with stop_grad,
-and has no end marks in facts and running text.
+and has no end marks in facts and running text. demo.py draws rows of a trained run with the same
+functions.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from config import load_config
-from model import PAD, block_causal_mask, visible_blocks
+from model import block_causal_mask, visible_blocks
 from plumbing.files import write_figure
 from plumbing.processes import run_main
 from views import AGAIN, CODE, PRED, TARGET, TEXT, Pairs
@@ -35,29 +38,16 @@ def main(argv: list[str]) -> None:
         starts=np.array([[0, 5, 5]]), lengths=np.array([[5, 2, 2]]),
         question_length=np.array([5]), config=config, vocab_size=7,
     )  # fmt: skip
-    layout = pairs.layout
-    row = pairs.pack(np.array([0]), layout.row)
-    n = int((row.block != PAD).sum())
-    sees = visible_blocks(layout.parents)
-    mask, positions = (t[0, :n] for t in block_causal_mask(row.block, sees))
-    idx, block, targets = (t[0, :n].tolist() for t in row)
-    words = [WORDS[i] if i < len(WORDS) else f"[PRED{i - len(WORDS)}]" for i in idx]
-    labels = ["" if t < 0 else WORDS[t] for t in targets]
-    reads = [""] * n
-    for name, which in (("Pred", layout.pred), ("Enc", layout.enc)):
-        mean = config.pooling == "mean" and name == "Enc"
-        what = f"{name} is the mean of this block" if mean else f"{name} is read here"
-        reads[n - 1 - block[::-1].index(which)] += what
-
-    width = max(len(word) for word in words) + 2
-    letters = [BLOCKS[b][0] for b in block]
+    words = [*WORDS, *(f"[PRED{i}]" for i in range(config.n_pred))]
+    tokens, mask = row_of(pairs, 0, words.__getitem__)
+    width = max(len(token.word) for token in tokens) + 2
+    letters = [BLOCKS[token.block][0] for token in tokens]
     print(" " * (width + 5) + " ".join(letters) + "   pos  label")
-    for i, word in enumerate(words):
-        cells = " ".join("1" if seen else "." for seen in mask[i])
-        note = f"{labels[i]:<8}{reads[i]}"
-        print(f"{word:>{width}}  {letters[i]}  {cells}   {positions[i]:3}  {note}".rstrip())
+    for token, letter, sees in zip(tokens, letters, mask):
+        cells = " ".join("1" if seen else "." for seen in sees)
+        note = f"{token.label:<8}{token.read}"
+        print(f"{token.word:>{width}}  {letter}  {cells}   {token.position:3}  {note}".rstrip())
     path = Path("out/mask.png")
-    tokens = [Token(*column) for column in zip(words, block, positions.tolist(), labels, reads)]
     write_figure(path, draw(tokens, mask))
     print(f"wrote {path}")
 
@@ -70,6 +60,44 @@ class Token(NamedTuple):
     position: int
     label: str  # the next token, where it is to be predicted
     read: str  # which embedding is read here
+
+
+def row_of(
+    pairs: Pairs, example: int, word_of: Callable[[int], str]
+) -> tuple[list[Token], torch.Tensor]:
+    """The tokens of an example's row, with every block of its layout, and which of them each one
+    sees: (n, n) bool. word_of says how a token, or [PRED] from V on, is written."""
+    layout, pooling = pairs.layout, pairs.config.pooling
+    row = pairs.pack(np.array([example]), layout.row)
+    mask, positions = (t[0] for t in block_causal_mask(row.block, visible_blocks(layout.parents)))
+    idx, block, targets = (t[0].tolist() for t in row)
+    reads = [""] * len(idx)
+    for name, which in (("Pred", layout.pred), ("Enc", layout.enc)):
+        mean = pooling == "mean" and name == "Enc"
+        what = f"{name} is the mean of this block" if mean else f"{name} is read here"
+        if which in block:
+            reads[len(idx) - 1 - block[::-1].index(which)] += what
+    labels = ["" if t < 0 else word_of(t) for t in targets]
+    columns = map(word_of, idx), block, positions.tolist(), labels, reads
+    return [Token(*column) for column in zip(*columns)], mask
+
+
+def shortened(
+    tokens: list[Token], mask: torch.Tensor, most: int
+) -> tuple[list[Token], torch.Tensor]:
+    """The row with at most `most` tokens of each block, its first and its last ones; the word
+    before a gap ends in three dots."""
+    kept, block = [], [token.block for token in tokens]
+    for b in dict.fromkeys(block):
+        at = [i for i, other in enumerate(block) if other == b]
+        if len(at) > most:
+            first = at[: most // 2]
+            gap = first[-1]
+            tokens = [t._replace(word=t.word + " …") if i == gap else t
+                      for i, t in enumerate(tokens)]  # fmt: skip
+            at = first + at[len(at) - most + most // 2 :]
+        kept += at
+    return [tokens[i] for i in kept], mask[kept][:, kept]
 
 
 def draw(tokens: list[Token], mask):

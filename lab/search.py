@@ -74,7 +74,10 @@ def main(argv: list[str]) -> None:
         fail(f"field={args.field} names answers without questions; --eval needs pairs")
     device, autocast = pick_device(args.device, args.dtype)
     run = chosen_run(names, args.out_dir, device, args.best)
-    rows_of(run.config)  # exits where a run cannot search
+    try:
+        rows_of(run.config)
+    except ValueError as error:
+        fail(str(error))
     if not run.config.jepa_weight:
         print(f"note: {run.path} was trained without JEPA, so nothing taught its [PRED] to find "
               "an answer")  # fmt: skip
@@ -121,7 +124,7 @@ def answers_of(run: Run, args: Args) -> list[str]:
 
 def rows_of(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The blocks of the two rows from whose ends Pred and Enc are read: of a question alone, and of
-    an answer alone. Exits where the run has no such rows."""
+    an answer alone. ValueError with a sentence where the run has no such rows."""
     layout = layout_of(config)
 
     def path_to(block: int) -> tuple[int, ...]:
@@ -131,8 +134,8 @@ def rows_of(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
     question, answer = path_to(layout.pred), path_to(layout.enc)
     if config.views != "pairs" or {CODE, TARGET} & {*question} or {TEXT, AGAIN} & {*answer}:
         why = f"views={config.views}" if config.views != "pairs" else f"layout={config.layout}"
-        fail(f"a run with {why} does not predict an answer from its question alone, so it cannot "
-             "search")
+        raise ValueError(f"a run with {why} does not predict an answer from its question alone, so "
+                         "it cannot search")  # fmt: skip
     return question, answer
 
 

@@ -221,12 +221,14 @@ def test_generators_stand_alone(file):
     assert all(other.startswith("generators/") for other in imports_of(file))
 
 
-def test_the_lab_is_entered_from_one_place_and_late():
-    """evaluate.py imports the judge when one is asked for; everything else does without lab/."""
+def test_the_lab_is_entered_from_two_places():
+    """evaluate.py imports the judge when one is asked for. demo.py shows what lab/ makes of a run:
+    it searches, and its cards draw the mask. Everything else does without lab/."""
     outside = [file for file in FILES if not file.startswith("lab/")]
     doors = {(file, other) for file in outside for other in imports_of(file)
              if other.startswith("lab/")}  # fmt: skip
-    assert doors == {("evaluate.py", "lab/judge.py")}
+    assert doors == {("evaluate.py", "lab/judge.py"), ("demo.py", "lab/search.py"),
+                     ("demo.py", "lab/cards.py")}  # fmt: skip
     assert not any(other.startswith("lab/") for other in imports_of("evaluate.py", nested=False))
 
 

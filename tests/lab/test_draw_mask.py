@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import error_line
 
 from lab import draw_mask
+from lab.draw_mask import Token, shortened
+from views import PRED, TARGET, TEXT
 
 # Letter, mask, position, label and what is read: two plus three ? <sep>, five <eot>.
 TREE = """
@@ -90,6 +93,18 @@ def test_the_figure_is_written_and_names_every_block(here, monkeypatch):
     for figure, wanted in zip(figures, (names, names[1:])):
         [legend] = figure.legends
         assert sorted(text.get_text() for text in legend.get_texts()) == sorted(wanted)
+
+
+def test_a_row_may_be_shortened_within_its_blocks():
+    """Of six tokens of a block the first one and the last two are left, and who sees whom."""
+    tokens = [Token(word, block, i, "", "") for i, (word, block) in enumerate(
+        [*zip("abcdef", [TEXT] * 6), ("P", PRED), ("x", TARGET), ("y", TARGET)])]  # fmt: skip
+    mask = torch.rand(9, 9) > 0.5
+    short, seen = shortened(tokens, mask, 3)
+    assert [token.word for token in short] == ["a …", "e", "f", "P", "x", "y"]
+    assert [token.position for token in short] == (kept := [0, 4, 5, 6, 7, 8])
+    assert seen.tolist() == [[mask[i, j].item() for j in kept] for i in kept]
+    assert shortened(tokens, mask, 6)[0] == tokens
 
 
 def test_a_mistake_is_one_line(here, capsys):
