@@ -50,9 +50,14 @@ def refuse_tracker(name: str) -> None:
     except ImportError:
         fail(f"track={name} needs a package: pip install {name}")
     offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-    if name == "wandb" and not offline and not package.login(prompt=False):
-        fail("track=wandb: nobody is logged in; wandb login does it, and WANDB_MODE=offline needs "
-             "none")
+    if name == "trackio" or offline:
+        return
+    try:
+        why = "" if package.login(prompt=False) else "nobody is logged in"
+    except Exception as error:  # a key that is none, no network, a setting it does not know, ...
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+    if why:
+        fail(f"track=wandb: {why}; wandb login logs in, and WANDB_MODE=offline needs no login")
 
 
 def start_tracker(name: str, folder: Path, about: dict[str, Any]) -> Tracker:

@@ -30,6 +30,8 @@ class StandIn:
 
     def login(self, prompt):
         assert prompt is False
+        if isinstance(self.logged_in, Exception):
+            raise self.logged_in
         return self.logged_in
 
     def log(self, record, step):
@@ -117,6 +119,8 @@ def test_a_missing_login_is_one_line_unless_it_works_offline(tiny_run, monkeypat
     package.logged_in = False
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert "wandb login" in error_line(capsys, tiny_run, track="wandb")
+    package.logged_in = RuntimeError("API key must have 40+ characters\nmore")
+    assert "40+ characters; wandb login" in error_line(capsys, tiny_run, track="wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     tiny_run(track="wandb", max_iters=1)
     assert package.records
