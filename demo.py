@@ -232,10 +232,14 @@ def ask(shown: Shown, question: str) -> Iterator[Places]:
     split, right = split_of(shown, prompt)
     sure = same_split(run.provenance["data"], shown.data.provenance)
     page = page._replace(said=sentence(cards.where_from(run, split, sure)))
+    query = None
     if shown.table:
-        [query] = search.embed_questions(run, [question], shown.autocast)
-        guess = guess_of(shown, query)
-        page = page._replace(guess=cards.guess_card(guess))
+        try:
+            [query] = search.embed_questions(run, [question], shown.autocast)
+            guess = guess_of(shown, query)
+            page = page._replace(guess=cards.guess_card(guess))
+        except ValueError as error:  # there is room for the question, but not for [PRED] after it
+            page = page._replace(guess=card("guess", sentence(f"No guess: {error}.", "no")))
     yield page._replace(answer=card("answer", sentence("Nothing is written yet.")))
     time.sleep(shown.args.pause)
 
@@ -254,7 +258,7 @@ def ask(shown: Shown, question: str) -> Iterator[Places]:
     judged = right, shown.data.scoring
     page = page._replace(**{place: some.card(place, judged) for place, some in answers.items()})
     text = answers["answer"].text()
-    if shown.table:
+    if query is not None:
         cosine = cosine_of(shown, query, text)
         page = page._replace(guess=cards.guess_card(guess, right, text, cosine))
     yield page._replace(mask=cards.mask_card(run, question, text))

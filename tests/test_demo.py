@@ -258,6 +258,19 @@ def test_other_layouts_answer_with_or_without_a_guess(options, said, here):
         options[0], 2)  # fmt: skip
 
 
+def test_a_question_that_leaves_no_room_for_a_guess_is_answered_all_the_same(here):
+    here("wide", "--n_pred=3", "--max_iters=2")
+    shown = demo.open_all(ARGS, ["out/wide"])
+    room = shown.run.config.block_size - 1
+    question = "1"
+    while len(prompt_of(shown.run, question)) < room:
+        question += " 1"
+    assert len(prompt_of(shown.run, question)) == room
+    last = list(demo.ask(shown, question))[-1]
+    assert "No guess: longer than the context" in plain(last.guess)
+    assert "It " in plain(last.answer) and "after" in plain(last.answer)
+
+
 def test_a_pretrained_run_is_asked_in_its_template(here, tmp_path):
     pytest.importorskip("transformers", reason="needs requirements-hf.txt")
     from tiny_models import tiny_folder
