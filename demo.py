@@ -84,17 +84,20 @@ def main(argv: list[str]) -> None:
         fail("the page needs Gradio: pip install -r requirements-demo.txt")
     port = free_port(args.host, args.port)
     page = page_of(open_all(args, runs))
-    print(f"http://{args.host}:{port} shows the page; Ctrl-C ends it", flush=True)
-    launch(page, args.host, port)
+    host = f"[{args.host}]" if ":" in args.host else args.host  # ::1, as an address has it
+    print(f"http://{host}:{port} shows the page; Ctrl-C ends it", flush=True)
+    launch(page, host, port)
 
 
 def free_port(host: str, port: int) -> int:
     """The port to listen at; one line and exit 2 if that is not possible."""
+    if not host:  # a socket takes it for all addresses
+        fail("host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 lets others open the page")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, TypeError) as error:
             fail(f"the page cannot be served at host={host} port={port}: {error}; --port=0 takes a "
                  "port that is free")
         return probe.getsockname()[1]
@@ -355,7 +358,8 @@ def launch(page, host: str, port: int, block: bool = True):
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace"])
     theme.set(**blue)
     # Gradio looks at its own page once, and not through a proxy.
-    os.environ["NO_PROXY"] = f"{os.environ.get('NO_PROXY', '')},{host},localhost,127.0.0.1"
+    bare = host.strip("[]")
+    os.environ["NO_PROXY"] = f"{os.environ.get('NO_PROXY', '')},{bare},localhost,127.0.0.1"
     return page.launch(server_name=host, server_port=port, theme=theme, css=cards.CSS, quiet=True,
                        share=False, ssr_mode=False, run_history=False, footer_links=[],
                        prevent_thread_lock=not block)  # fmt: skip

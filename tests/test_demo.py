@@ -347,10 +347,23 @@ def test_a_users_mistake_is_one_line(here, capsys, monkeypatch, tmp_path):
         port = taken.getsockname()[1]
         assert f"port={port}" in line(f"--port={port}") and "--port=0" in line(f"--port={port}")
     assert "port=99999" in line("--port=99999") and "host=192.0.2.1" in line("--host=192.0.2.1")
+    assert "host is empty" in line("--host=") and "host=ää" in line("--host=" + "ä" * 70)
     monkeypatch.chdir(tmp_path)
     assert "no run under out/ yet" in line()
     gradio_is(None)
     assert "pip install -r requirements-demo.txt" in line()
+
+
+@pytest.mark.parametrize("host, shown_as", [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
+def test_an_address_is_written_as_browsers_read_it(here, capsys, monkeypatch, host, shown_as):
+    served = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "here")
+    monkeypatch.setattr(demo, "free_port", lambda host, port: 7)
+    monkeypatch.setattr(demo, "page_of", lambda shown: "page")
+    monkeypatch.setattr(demo, "launch", lambda *about: served.append(about))
+    demo.main(["out/jepa", "--device=cpu", f"--host={host}"])
+    assert served == [("page", shown_as, 7)]
+    assert f"http://{shown_as}:7 shows the page" in capsys.readouterr().out
 
 
 def test_help_lists_the_fields(capsys):
