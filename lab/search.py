@@ -110,10 +110,13 @@ def answers_of(run: Run, args: Args) -> list[str]:
         pairs = data_of(run, args.data_dir).pairs["train"]
         return [run.tokenizer.decode(pairs.answer(example)) for example in range(len(pairs))]
     if path.suffix == ".txt":
+        if field:
+            fail(f"field={field} is one of a file of rows; {path} has an answer per line")
         try:
-            return [line for line in path.read_text().splitlines() if line.strip()]
+            lines = [line for line in path.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             fail(f"cannot read {path}: {error}")
+        return lines or fail(f"{path} holds no answer")
     # The answer alone, as a pair of it with itself.
     config = replace(run.config, fields=f"{field}:{field}", group="") if field else run.config
     return [row["code"] for row in read_questions(path, config)[:]]
@@ -251,6 +254,8 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarra
 def evaluate(run: Run, args: Args, autocast) -> None:
     """Print the measures on held-out pairs, and write them to search.json in the run's folder."""
     pairs, name, n_rows = held_out(run, args)
+    if not len(pairs):
+        fail(f"none of the {n_rows} pairs fits into block_size={run.config.block_size}")
     answers, own = different_answers(pairs)
     ranks = ranks_of(embed_pred(run, pairs, autocast), embed_enc(run, answers, autocast), own)
     found = measures(ranks)

@@ -214,10 +214,15 @@ def test_a_run_without_jepa_says_that_nothing_taught_it(tiny_run, capsys):
     (["--query=what?", "--answers=gone.txt"], "gone.txt"),
     (["--query=" + "what? " * 100], "longer than the context"),
     (["--query=what?", "--answers=long.txt"], "none of 1 answers fits"),
+    (["--query=what?", "--answers=empty.txt"], "empty.txt holds no answer"),
+    (["--query=what?", "--answers=long.txt", "--field=b"], "field=b"),
+    (["--eval", "--answers=long.jsonl"], "none of the 1 pairs fits"),
     (["out/none", "--query=what?"], "out/none"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(run, capsys, options, says):
     Path("long.txt").write_text("1+1=" * 100)
+    Path("empty.txt").write_text("\n")
+    Path("long.jsonl").write_text(json.dumps({"question": "1+1=" * 100, "answer": "2"}))
     names = [] if options[:1] == ["out/none"] else ["out/tiny"]
     assert says in error_line(capsys, search.main, [*names, *options, "--device=cpu"])
 
