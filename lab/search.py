@@ -92,6 +92,9 @@ def show_nearest(run: Run, args: Args, autocast) -> None:
         query = embed_questions(run, [args.query], autocast)
     except ValueError as error:
         fail(f"query: {error}")
+    if "systems" in run.provenance["data"]:
+        print(f"note: the run's rows began with {run.provenance['data']['systems']} different "
+              "system prompts; none stands before this question or the answers")
     answers = answers_of(run, args)
     table = open_table(run, answers, autocast)
     print(f"{len(table.answers)} different ones of {len(answers)} answers of "
@@ -257,6 +260,9 @@ def evaluate(run: Run, args: Args, autocast) -> None:
     if not len(pairs):
         fail(f"none of the {n_rows} pairs fits into block_size={run.config.block_size}")
     answers, own = different_answers(pairs)
+    if (n_systems := systems_of(answers)) > 1:
+        print(f"note: the answers stand behind {n_systems} different system prompts, as in "
+              "training; a question has its own answer's before it, so the figures are too high")
     ranks = ranks_of(embed_pred(run, pairs, autocast), embed_enc(run, answers, autocast), own)
     found = measures(ranks)
     low, high = wilson(int((ranks == 1).sum()), len(ranks))
@@ -289,6 +295,13 @@ def last_split(data: Data) -> tuple[Pairs, str, int]:
     split = "test" if "test" in data.pairs else "val"
     name = f"{data.provenance['dataset']}, {split}"
     return data.pairs[split], name, data.provenance[f"{split}_rows"]
+
+
+def systems_of(pairs: Pairs) -> int:
+    """How many different system prompts stand before the answers that Enc reads."""
+    enc = pairs.layout.enc
+    return len({tuple(pairs.view(e, enc)[: -pairs.lengths[e, CODE - 1]])
+                for e in range(len(pairs))})  # fmt: skip
 
 
 def different_answers(pairs: Pairs) -> tuple[Pairs, np.ndarray]:

@@ -11,6 +11,7 @@ import torch
 from conftest import error_line, sums
 
 from alignment import alignment, embed_pairs
+from data import load_rows
 from lab import search
 from run import data_of, load_run
 
@@ -196,6 +197,21 @@ def test_answers_come_from_a_file_of_pairs_of_texts_or_of_a_field(run, capsys):
         search.main(["out/tiny", "--query=What is 4 plus 4?", "--device=cpu", *options])
         said = capsys.readouterr().out
         assert {part.partition("\n")[2].strip() for part in said.split("\n--- ")[1:]} == expected
+
+
+@pytest.mark.parametrize("n, is_said", [(1, False), (2, True)])
+def test_different_system_prompts_are_said(tiny_run, monkeypatch, capsys, n, is_said):
+    """They stand before question and answer alike, and so tell answers apart."""
+    rows = [row | {"system": f"Be number {i % n}."} for i, row in enumerate(sums(60))]
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("data.load_rows", load_rows)  # not the fixture's
+    tiny_run(dataset="mixed.jsonl", max_iters=1)
+    capsys.readouterr()
+    for option, says in (("--eval", "behind 2 different system prompts, as in training"),
+                         ("--query=what?", "began with 2 different system prompts")):  # fmt: skip
+        search.main(["out/tiny", option, "--device=cpu"])
+        said = capsys.readouterr().out
+        assert (says in said) == is_said and ("note:" in said) == is_said
 
 
 def test_a_run_without_jepa_says_that_nothing_taught_it(tiny_run, capsys):
