@@ -153,6 +153,18 @@ def test_a_table_is_made_once_and_holds_each_answer_once(run, monkeypatch, capsy
     assert len(list(Path("out/tiny/search").iterdir())) == 2  # of other answers
 
 
+def test_the_bar_moves_answer_by_answer(run, monkeypatch):
+    """Not chunk by chunk: nearly all tables are a single one."""
+    steps = []
+
+    class Counting:
+        update = staticmethod(steps.append)
+
+    monkeypatch.setattr(search, "bar_of", lambda total, unit: nullcontext(Counting))
+    search.open_table(run, [str(i) for i in range(150)], nullcontext)
+    assert steps == [64, 64, 22]
+
+
 def test_another_checkpoint_has_a_table_of_its_own(run, tiny_run):
     search.open_table(run, ["1", "2"], nullcontext)
     kept = Path("out/kept")
