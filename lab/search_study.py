@@ -12,6 +12,7 @@ Writes results.json.
 """
 
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> None:
     if jobs < 1:
         fail(f"jobs={jobs} must be at least 1")
     cells = cells_of(setting, given, folder)
+    refuse(next(iter(cells.values())).config)
     n_failed = train_cells(list(cells.values()), jobs)
     finished = {at: cell for at, cell in cells.items() if result_of(cell)}
     if not finished:
@@ -90,6 +92,18 @@ def main(argv: list[str]) -> None:
     print(f"wrote {folder / 'results.json'}")
     if n_failed:
         raise SystemExit(1)
+
+
+def refuse(config: Config) -> None:
+    """Exit, before anything is trained, where what comes after it cannot work."""
+    if importlib.util.find_spec("bm25s") is None:
+        fail("BM25 needs a package: pip install bm25s")
+    try:
+        question, _ = rows_of(config)
+        if TEXT not in question:
+            raise ValueError(f"a run with layout={config.layout} reads no question by itself")
+    except ValueError as error:
+        fail(str(error))
 
 
 def cells_of(setting: Setting, given: dict[str, Any], folder: Path) -> dict[tuple[str, int], Cell]:
@@ -166,10 +180,7 @@ def ranks_by_way(
 def bm25_ranks(run: Run, pairs: Pairs, answers: Pairs, own: np.ndarray) -> np.ndarray:
     """The ranks of the own answers by BM25 (Lucene's form, k1 1.5, b .75) over words and single
     signs in lower case; ties count against it, and so does an answer that shares no word."""
-    try:
-        import bm25s
-    except ImportError:
-        fail("BM25 needs a package: pip install bm25s")
+    import bm25s
 
     def words(pairs: Pairs, view) -> list[list[str]]:
         texts = (run.tokenizer.decode(view(pairs, example)) for example in range(len(pairs)))

@@ -141,7 +141,17 @@ def test_it_runs_from_end_to_end_and_picks_up_where_it_was(tmp_path, monkeypatch
     (["nlrx", "--seed=3"], "seed=3: the study sets seed itself"),
     (["nlrx", "--ce_weight=3"], "the study sets ce_weight itself"),
     (["nlrx", "--jobs=0"], "jobs=0"),
+    (["nlrx", "--layout=reverse"], "a run with layout=reverse"),
+    (["nlrx", "--layout=front"], "a run with layout=front"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, argv, says):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search_study.importlib.util, "find_spec", lambda name: "here")
     assert says in error_line(capsys, search_study.main, argv)
+
+
+def test_a_missing_package_is_said_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search_study.importlib.util, "find_spec", lambda name: None)
+    assert "pip install bm25s" in error_line(capsys, search_study.main, ["nlrx"])
+    assert not Path("out").exists()
