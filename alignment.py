@@ -15,6 +15,7 @@ import torch
 
 from jepa import OBJECTIVES, cosines, wrong_pairs
 from model import Trunk
+from plumbing.output import Bar
 from views import Pairs
 
 
@@ -52,9 +53,10 @@ def held_out_batches(pairs: Pairs, n: int, size: int = 16):
     that there is little padding."""
     order = np.argsort(pairs.lengths[:n].sum(1), kind="stable")
     row = OBJECTIVES[pairs.config.objective].row(pairs.layout)
-    for begin in range(0, n, size):
-        at = order[begin : begin + size]
+    bar = Bar("held-out pairs", "pair", n)
+    for at in np.split(order, range(size, n, size)):
         yield at, pairs.pack(at, row, pairs.has_target(at))
+        bar.move(len(at))
 
 
 def alignment(pred: torch.Tensor, target: torch.Tensor, groups=None) -> dict[str, float]:

@@ -49,7 +49,7 @@ class Config:
     patience: int = 0  # stop after this many evaluations without a better val_ce; 0 never does
     eval_answers: int = 0  # held-out questions it answers (val_exact ...); 0 does not ask
     score: str = "auto"  # of answers: auto (train decides) | number | final | string | regex
-    log_interval: int = 10  # steps between progress lines
+    log_interval: int = 10  # steps between progress lines; in a terminal there is a bar instead
     track: str = "none"  # none | trackio | wandb: a tracker that gets metrics.jsonl's records too
     # data
     data_dir: str = ""  # folder of GSM8K's train.jsonl and test.jsonl; empty means data/gsm8k

@@ -31,7 +31,7 @@ from plumbing.jsonl import (
     read_jsonl,
     sha256_of_rows,
 )
-from plumbing.progress import Bar, bar_of
+from plumbing.output import Bar
 from plumbing.scoring import scoring_of
 from plumbing.tables import ENDINGS as TABLES
 from plumbing.tables import first_line, hub_rows, hub_unreachable, read_table
@@ -270,9 +270,8 @@ def load_columns(
         columns = {split: columns_of(some[:], tokenizer, config) for split, some in rows.items()}
         return columns, tokenizer, provenance
     fields = token_columns.fields_of(config)
-    with bar_of(sum(map(len, rows.values())), "pair") as bar:
-        chunks = {split: chunks_of(some, tokenizer, fields, bar) for split, some in rows.items()}
-        token_columns.write(folder, provenance, tokenizer, chunks)
+    chunks = {split: chunks_of(some, tokenizer, fields) for split, some in rows.items()}
+    token_columns.write(folder, provenance, tokenizer, chunks)
     return token_columns.read(folder, tokenizer)[-1], tokenizer, provenance
 
 
@@ -460,11 +459,8 @@ def in_chunks(rows: Sequence, size: int = 10_000) -> Iterator[Sequence]:
     return (rows[begin : begin + size] for begin in range(0, len(rows), size))
 
 
-def chunks_of(
-    rows: Sequence, tokenizer: Tokenizer, config: Config, bar: Bar
-) -> Iterator[Columns]:
-    first = 0
+def chunks_of(rows: Sequence, tokenizer: Tokenizer, config: Config) -> Iterator[Columns]:
+    bar = Bar("tokens", "row", len(rows))
     for some in in_chunks(rows):
-        yield columns_of(some, tokenizer, config, first)
-        first += len(some)
-        bar.update(len(some))
+        yield columns_of(some, tokenizer, config, bar.done)
+        bar.move(len(some))

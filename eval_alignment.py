@@ -34,7 +34,6 @@ from plumbing.alignment_plots import Models, draw_pairs, draw_panel
 from plumbing.files import read_records, write_figure, write_json
 from plumbing.linear_map import difference_spectrum, linear_r2
 from plumbing.processes import pick_device, run_main, versions
-from plumbing.progress import watched
 from plumbing.stats import mean_sd, plus_minus
 from run import Run, data_of, load_run, make_model, runs_newest_first
 from views import CODE, PRED, TARGET, TEXT, Pairs
@@ -98,7 +97,7 @@ def main(argv: list[str]) -> None:
     paths = [Path(name) for name in names] or same_data(runs_newest_first())
 
     measured, floors, data = {}, {}, None  # by what makes them comparable
-    for path in watched(paths, "run"):
+    for path in paths:
         run = load_run(path, device)
         digest = data and data.provenance["train_sha256"]
         data = data_of(run, args.data_dir)

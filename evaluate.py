@@ -24,8 +24,8 @@ from config import CHOICES, fail, parse_args, relocated
 from data import questions_in_train, read_questions
 from generate import SHARES, Asking, answer, longest_answer, share_of
 from plumbing.files import append_lines, read_records, set_aside, write_json, write_lines
+from plumbing.output import Bar
 from plumbing.processes import clock, pick_device, run_main, versions
-from plumbing.progress import bar_of
 from plumbing.scoring import refuse_no_number
 from plumbing.stats import mcnemar, wilson
 from run import Run, data_of, load_run, runs_newest_first
@@ -155,17 +155,15 @@ def evaluate(run: Run, args: Args, autocast) -> tuple[dict, list[dict]]:
     order = np.argsort(questions.pairs.question_length[:n_asked], kind="stable")
     todo = [int(e) for e in order if questions.pairs.source_row[e] not in done]
     started, n_before = time.time(), len(records)
-    with bar_of(n_asked, "question", n_before) as bar:
-        for begin in range(0, len(todo), args.batch_size):
-            new = answer(asking, questions.pairs, todo[begin : begin + args.batch_size], choose)
-            append_lines(path, new)
-            records += new
-            exact = f"exact {share_of(records, 'exact'):.3f}"
-            bar.update(len(new), exact)
-            eta = (time.time() - started) * (n_asked - len(records)) / (len(records) - n_before)
-            if not bar.shown:
-                print(f"{run.name}: {len(records)}/{n_asked} | {exact} | ETA {clock(eta)}",
-                      flush=True)  # fmt: skip
+    bar = Bar("evaluation", "question", n_asked, n_before)
+    for begin in range(0, len(todo), args.batch_size):
+        new = answer(asking, questions.pairs, todo[begin : begin + args.batch_size], choose)
+        append_lines(path, new)
+        records += new
+        eta = (time.time() - started) * (n_asked - len(records)) / (len(records) - n_before)
+        exact = f"exact {share_of(records, 'exact'):.3f}"
+        if not bar.move(len(new), exact):
+            print(f"{run.name}: {len(records)}/{n_asked} | {exact} | ETA {clock(eta)}", flush=True)
 
     summary = {"n": questions.n, "left_out": questions.n - n_asked}
     for key in SHARES:

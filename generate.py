@@ -16,6 +16,7 @@ import torch
 from generators.regex_equivalence import equivalent
 from model import Trunk, block_causal_mask
 from plumbing.kernels import packed_weights
+from plumbing.output import Bar
 from plumbing.scoring import final_number, holds_number, with_mark
 from plumbing.tokenizers import Tokenizer
 from views import Pairs
@@ -61,8 +62,7 @@ def generate_steps(
     (separator and padding of the table lie above it). Yields after every step the numbers of the
     rows that were not done, (b,), and the token that each of them got, (b,). Several threads may
     generate from one trunk at a time, and whoever closes the iterator ends it. A step runs in the
-    autocast that is open around it, which has to be the same for all; inference mode is left in
-    between, so that whatever the caller does then is not changed by it."""
+    autocast that is open around it, the same for all; in between, inference mode is left."""
     assert prompts and all(0 < len(p) <= trunk.longest_path for p in prompts)
     device, most = trunk.device, trunk.longest_path
     length = torch.tensor([len(p) for p in prompts], device=device)
@@ -213,9 +213,10 @@ def answer(asking: Asking, pairs: Pairs, examples: list[int], choose=None) -> li
 def answer_shares(asking: Asking, pairs: Pairs, n: int) -> dict[str, float]:
     """Shares of the first n questions of a split that are answered right: exact, prefix, ..."""
     examples = np.argsort(pairs.question_length[:n], kind="stable").tolist()  # little padding
-    records = []
+    records, bar = [], Bar("held-out questions", "question", len(examples))
     for begin in range(0, len(examples), 64):
         records += answer(asking, pairs, examples[begin : begin + 64])
+        bar.move(len(records) - bar.done)
     return {key: share_of(records, key) for key in SHARES if records and key in records[0]}
 
 

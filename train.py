@@ -29,6 +29,7 @@ from generate import Asking, answer_shares, longest_answer
 from jepa import OBJECTIVES, distance, spread
 from model import PAD, Batch, Trunk
 from plumbing.files import claim_run
+from plumbing.output import Bar
 from plumbing.plots import plot_losses
 from plumbing.processes import (
     Processes,
@@ -38,7 +39,6 @@ from plumbing.processes import (
     pick_device,
     run_main,
 )
-from plumbing.progress import NO_BAR, bar_of
 from plumbing.track import refuse_tracker
 from run import Folder, Progress, make_model, provenance_of, read_to_resume, restore, start_folder
 from views import Pairs, layout_of
@@ -209,10 +209,11 @@ def make_optimizer(model: Trunk, config: Config) -> torch.optim.AdamW:
 # --- the loop ---------------------------------------------------------------------------------
 
 
-def train(t: Training, folder: Folder, progress: Progress, bar=NO_BAR) -> dict[str, float]:
+def train(t: Training, folder: Folder, progress: Progress) -> dict[str, float]:
     """Steps until max_iters or a signal. Returns the measures of the last evaluation."""
     config, device, stop = t.pairs.config, t.model.device, StopSignal()
     measures, warned, recent = {}, False, deque(maxlen=20)  # recent: seconds and tokens of steps
+    bar = Bar("training", "step", config.max_iters, progress.step)
     t.model.train()
     while True:
         stopping = t.processes.agree(stop.number, device)
@@ -257,8 +258,8 @@ def train(t: Training, folder: Folder, progress: Progress, bar=NO_BAR) -> dict[s
         progress.seconds += took
         folder.log(step=step, **total, lr=lr, tokens=progress.tokens, flops=progress.flops,
                    seconds=progress.seconds)
-        bar.update(1, f"loss {total['loss']:.4f}")
-        if step % config.log_interval == 0 and not bar.shown:
+        shown = bar.move(said=f"loss {total['loss']:.4f}")
+        if step % config.log_interval == 0 and not shown:
             print(progress.line(total, recent, measures, config), flush=True)
         progress.step += 1
 
@@ -351,8 +352,7 @@ def main(argv: list[str]) -> None:
 
     print(f"ready after {time.time() - started:.1f} s")
     try:
-        with bar_of(config.max_iters, "step", done=progress.step) as bar:
-            measures = train(t, folder, progress, bar)
+        measures = train(t, folder, progress)
     finally:
         folder.tracker.finish()
     processes.leave()

@@ -29,8 +29,8 @@ from config import Config, fail, parse_args, relocated
 from data import Data, questions_in_train, read_questions
 from model import read_hidden
 from plumbing.files import sha256_of, write_folder, write_json
+from plumbing.output import Bar
 from plumbing.processes import pick_device, run_main, versions
-from plumbing.progress import NO_BAR, bar_of
 from plumbing.stats import wilson
 from run import Run, chosen_run, data_of
 from views import AGAIN, CODE, TARGET, TEXT, Pairs, layout_of, tokenize
@@ -154,14 +154,13 @@ def pairs_of(run: Run, view: str, texts: Sequence[str]) -> Pairs:
 
 
 @torch.inference_mode()
-def embed(
-    run: Run, pairs: Pairs, blocks: tuple[int, ...], reads, autocast, bar=NO_BAR
-) -> np.ndarray:
+def embed(run: Run, pairs: Pairs, blocks: tuple[int, ...], reads, autocast) -> np.ndarray:
     """Embeddings of the examples from rows that hold `blocks`, float32, of unit length: (R, n, C),
     one for each of the R `reads`, which are a block and its pooling, "last" or "mean"."""
     trunk, n = run.model, len(pairs)
     vectors = np.empty((len(reads), n, trunk.width), np.float32)
     order = np.argsort(pairs.lengths.sum(1), kind="stable")  # of like length together
+    bar = Bar("embeddings", "text", n)
     for at in (order[begin : begin + BATCH] for begin in range(0, n, BATCH)):
         batch = pairs.pack(at, blocks).to(trunk.device)
         with autocast():
@@ -169,20 +168,20 @@ def embed(
         for found, (block, pooling) in zip(vectors, reads):
             views = read_hidden(hidden, batch.block, block, pooling)
             found[at] = F.normalize(views.float(), dim=-1).cpu().numpy()
-        bar.update(len(at))
+        bar.move(len(at))
     return vectors
 
 
-def embed_pred(run: Run, pairs: Pairs, autocast, bar=NO_BAR) -> np.ndarray:
+def embed_pred(run: Run, pairs: Pairs, autocast) -> np.ndarray:
     """Pred of each example's question: (n, C)."""
     blocks, _ = rows_of(run.config)
-    return embed(run, pairs, blocks, [(blocks[-1], "last")], autocast, bar)[0]
+    return embed(run, pairs, blocks, [(blocks[-1], "last")], autocast)[0]
 
 
-def embed_enc(run: Run, pairs: Pairs, autocast, bar=NO_BAR) -> np.ndarray:
+def embed_enc(run: Run, pairs: Pairs, autocast) -> np.ndarray:
     """Enc of each example's answer: (n, C)."""
     _, blocks = rows_of(run.config)
-    return embed(run, pairs, blocks, [(blocks[-1], run.config.pooling)], autocast, bar)[0]
+    return embed(run, pairs, blocks, [(blocks[-1], run.config.pooling)], autocast)[0]
 
 
 def embed_questions(run: Run, questions: Sequence[str], autocast) -> np.ndarray:
@@ -227,10 +226,10 @@ def open_table(run: Run, answers: Sequence[str], autocast) -> Table:
 
 def write_table(folder: Path, run: Run, answers: list[str], autocast) -> None:
     kept = 0
-    with write_folder(folder) as append, bar_of(len(answers), "answer") as bar:
+    with write_folder(folder) as append:
         for begin in range(0, len(answers), CHUNK):
             pairs = pairs_of(run, "code", answers[begin : begin + CHUNK])
-            append("vectors", embed_enc(run, pairs, autocast, bar).astype(np.float16).tobytes())
+            append("vectors", embed_enc(run, pairs, autocast).astype(np.float16).tobytes())
             append("kept", (begin + pairs.source_row).astype(np.int64).tobytes())
             kept += len(pairs)
         if not kept:
@@ -266,9 +265,7 @@ def evaluate(run: Run, args: Args, autocast) -> None:
     if (n_systems := systems_of(answers)) > 1:
         print(f"note: the answers stand behind {n_systems} different system prompts, as in "
               "training; a question has its own answer's before it, so the figures are too high")
-    with bar_of(len(pairs) + len(answers), "text") as bar:
-        queries = embed_pred(run, pairs, autocast, bar)
-        ranks = ranks_of(queries, embed_enc(run, answers, autocast, bar), own)
+    ranks = ranks_of(embed_pred(run, pairs, autocast), embed_enc(run, answers, autocast), own)
     found = measures(ranks)
     low, high = wilson(int((ranks == 1).sum()), len(ranks))
     print(f"{run.name}: {len(pairs)} questions of {name}, {len(answers)} different answers; "

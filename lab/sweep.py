@@ -46,9 +46,8 @@ from plumbing.files import (
     write_text,
 )
 from plumbing.options import convert, help_text
-from plumbing.output import stops
+from plumbing.output import Bar, stops
 from plumbing.processes import ROOT, clock, run_main
-from plumbing.progress import Bar, bar_of
 from plumbing.stats import mean_sd, plus_minus
 from run import FORMAT
 
@@ -198,8 +197,8 @@ def train_cells(cells: list[Cell], jobs: int) -> int:
             if earlier_provenance(cell, of_any_data=True) and not earlier_provenance(cell):
                 print(f"{name} | was trained on other data than there is now, or another split of "
                       "it: trained anew, the old run moves to earlier/", flush=True)
-    with noting_signals() as signals, bar_of(len(waiting), "run") as bar:
-        n_failed = train_waiting(waiting, min(jobs, len(waiting)), signals, bar)
+    with noting_signals() as signals:
+        n_failed = train_waiting(waiting, min(jobs, len(waiting)), signals)
     if signals:
         print("stopped; the same command goes on from here")
         raise SystemExit(128 + signals[0])
@@ -219,20 +218,19 @@ def noting_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train_waiting(
-    waiting: list[tuple[str, Cell]], jobs: int, signals: list[int], bar: Bar
-) -> int:
+def train_waiting(waiting: list[tuple[str, Cell]], jobs: int, signals: list[int]) -> int:
     """Train the cells, by name; how many failed. Once there are `signals`, no further one is
     started, and each signal is passed on to those in training."""
     waiting, running, took = list(waiting), [], []
     n_failed = n_passed_on = 0
+    bar = Bar("cells", "cell", len(waiting))
     try:
         while running or (waiting and not signals):
             while waiting and len(running) < jobs and not signals:
                 name, cell = waiting.pop(0)
                 running.append(Child(name, cell, launch(cell, jobs), time.time()))
             time.sleep(0.1)
-            bar.update(0)
+            bar.move(0)
             for child in [child for child in running if child.process.poll() is not None]:
                 running.remove(child)
                 result = result_of(child.cell)
@@ -246,8 +244,8 @@ def train_waiting(
                 else:
                     n_failed += 1
                     end = f"FAILED, exit code {child.process.returncode}: {last_line(child.cell)}"
-                bar.update(1)
                 print(f"{child.name} | {end}", flush=True)
+                bar.move()
             if len(signals) > n_passed_on:
                 n_passed_on += 1
                 for child in running:

@@ -19,8 +19,8 @@ from config import Config
 from data import Data
 from lab.peers import transformers
 from model import Trunk
+from plumbing.output import Bar
 from plumbing.processes import Processes, clock, has_bf16
-from plumbing.progress import bar_of
 from run import make_model
 from train import Training, make_optimizer
 from views import Pairs
@@ -90,16 +90,14 @@ def take_turns(
 
 def rounds_of(what: str, n: int) -> Iterator[int]:
     """0 to n - 1, with a line after each that says how long the rest will take."""
-    begin = time.perf_counter()
-    with bar_of(n, "round") as bar:
-        for number in range(n):
-            yield number
-            bar.update(1, what)
-            took = time.perf_counter() - begin
-            left = took / (number + 1) * (n - number - 1)
-            if not bar.shown:
-                print(f"  {what}: round {number + 1} of {n} after {clock(took)}, {clock(left)} to "
-                      "go", flush=True)  # fmt: skip
+    begin, bar = time.perf_counter(), Bar(what, "round", n)
+    for number in range(n):
+        yield number
+        took = time.perf_counter() - begin
+        left = took / (number + 1) * (n - number - 1)
+        if not bar.move():
+            print(f"  {what}: round {number + 1} of {n} after {clock(took)}, {clock(left)} to go",
+                  flush=True)  # fmt: skip
 
 
 def now(device: torch.device) -> float:

@@ -129,9 +129,7 @@ def remember(folder: Path, stamps: dict[str, list[int]]) -> None:
         write_json(folder / "checked.json", stamps)
 
 
-def read(
-    folder: Path, tokenizer: Tokenizer | None
-) -> tuple[dict, Tokenizer, dict[str, Columns]]:
+def read(folder: Path, tokenizer: Tokenizer | None) -> tuple[dict, Tokenizer, dict[str, Columns]]:
     """What `write` was given. `tokenizer` as in folder_of: None reads it too."""
     provenance, splits, _ = about_of(folder)
     if tokenizer is None:

@@ -191,10 +191,8 @@ def read_records(path: Path) -> list[dict]:
     kill cut short."""
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            continue
     return records
 
 

@@ -120,23 +120,22 @@ def pack(model: nn.Module) -> None:
     def product(weight, bias, then, x):
         return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, then, [], "none")
 
-    def linear(layer, packed, x):
+    def forward(layer, packed, x):
         plain = torch.is_grad_enabled() or not in_bf16()
         return type(layer).forward(layer, x) if plain else packed(x)
 
     def mlp_forward(mlp, fused, x):  # GELU in the same kernel as c_fc
-        plain = torch.is_grad_enabled() or not in_bf16()
-        return type(mlp).forward(mlp, x) if plain else mlp.dropout(mlp.c_proj(fused(x)))
+        return mlp.dropout(mlp.c_proj(fused(x)))
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     reorder = torch.ops.mkldnn._reorder_linear_weight  # all of them, before any layer is changed
     weights = [reorder(layer.weight.detach().bfloat16()) for layer in layers]
     for layer, weight in zip(layers, weights):
         bias = None if layer.bias is None else layer.bias.detach().bfloat16()
-        layer.forward = partial(linear, layer, partial(product, weight, bias, "none"))
+        layer.forward = partial(forward, layer, partial(product, weight, bias, "none"))
         layer.fused_gelu = partial(product, weight, bias, "gelu")
     for mlp in [module for module in model.modules() if hasattr(module, "gelu")]:  # model.MLP
-        mlp.forward = partial(mlp_forward, mlp, mlp.c_fc.fused_gelu)
+        mlp.forward = partial(forward, mlp, partial(mlp_forward, mlp, mlp.c_fc.fused_gelu))
 
 
 def unpack(model: nn.Module) -> None:

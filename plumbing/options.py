@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 def fail(message: str) -> NoReturn:
     """The one way out for a user's mistake: a line on stderr (what, where, what to do), exit 2."""
+    print(end="", flush=True)  # takes a bar away
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -1,17 +1,22 @@
-"""What is printed, written by a thread: neither a pager nor a closed pipe stops the work."""
+"""What is printed, written by a thread: neither a pager nor a closed pipe stops the work. And a bar
+in the last line of a terminal."""
 
 import contextlib
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 
+from tqdm import tqdm  # comes with datasets, which is in requirements.txt
+
 from plumbing.files import silence
 
 PATIENCE = 0.2  # seconds that a line may take before the work goes on without it
+CLEAR = "\r\x1b[K"  # to the start of the line, and nothing behind it
 
 
 def stops() -> list[int]:
@@ -30,17 +35,25 @@ class Output:
     def __init__(self, stream):
         stream.flush()
         self.stream, self.number = stream, stream.fileno()
-        self.waiting, self.late, self.gone = queue.Queue(), False, False
+        self.waiting, self.late, self.gone, self.drawn = queue.Queue(), False, False, False
         threading.Thread(target=self.write_all, daemon=True).start()
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)  # encoding, isatty, fileno, ...
 
     def write(self, text: str) -> int:
-        self.waiting.put(text.encode(self.stream.encoding or "utf-8", "replace"))
+        line = (CLEAR if self.drawn else "") + text
+        self.drawn = False
+        self.waiting.put(line.encode(self.stream.encoding or "utf-8", "replace"))
         if text.endswith("\n"):
             self.flush()
         return len(text)
+
+    def draw(self, text: str) -> None:
+        """Text in the last line, until the next is drawn or printed; not for a slow reader."""
+        if self.wait(0):
+            self.write(text)
+            self.drawn = bool(text)
 
     def flush(self) -> None:
         self.late = not self.wait(0 if self.late else PATIENCE)
@@ -65,6 +78,30 @@ class Output:
                     with contextlib.suppress(OSError):
                         os.write(2, said.encode())
             self.waiting.task_done()
+
+
+class Bar:
+    """How far a loop is, how fast, and how long it will take, in the last line of a terminal, below
+    what is printed. Where the output is none, there is no bar."""
+
+    def __init__(self, what: str, unit: str, total: int, done: int = 0):
+        self.total, self.done, self.started, self.due = total, done, time.time(), 0.0
+        self.words, self.output = dict(prefix=what, unit=unit, initial=done), None
+        if isinstance(sys.stdout, Output) and sys.stdout.isatty() and os.getenv("TERM") != "dumb":
+            self.output = sys.stdout
+        self.move(0)
+
+    def move(self, n: int = 1, said: str = "") -> bool:
+        """n more are done. Is there a bar, so that no line need say it?"""
+        self.done += n
+        if self.output and self.done >= self.total:
+            self.output.draw("")
+        elif self.output and time.time() > self.due:
+            elapsed, width = time.time() - self.started, shutil.get_terminal_size().columns - 1
+            self.output.draw(tqdm.format_meter(self.done, self.total, elapsed, width, postfix=said,
+                                               **self.words))  # fmt: skip
+            self.due = time.time() + 0.2
+        return self.output is not None
 
 
 @contextlib.contextmanager

@@ -195,6 +195,7 @@ def run_to_a_line(main) -> None:
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
+        print(end="", flush=True)  # takes a bar away
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:  # disk full, no right to write, ...

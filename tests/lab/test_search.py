@@ -158,9 +158,9 @@ def test_the_bar_moves_answer_by_answer(run, monkeypatch):
     steps = []
 
     class Counting:
-        update = staticmethod(steps.append)
+        move = staticmethod(steps.append)
 
-    monkeypatch.setattr(search, "bar_of", lambda total, unit: nullcontext(Counting))
+    monkeypatch.setattr(search, "Bar", lambda what, unit, total: Counting)
     search.open_table(run, [str(i) for i in range(150)], nullcontext)
     assert steps == [64, 64, 22]
 
