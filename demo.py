@@ -124,11 +124,14 @@ def open_all(args: Args, runs: list[str]) -> Shown:
     except ValueError as error:
         return shown._replace(known=f"There is no guess to show: {error}.")
     train, n = data.pairs["train"], args.n_answers
-    known = search.answers_of(run, args) if args.answers else [
-        run.tokenizer.decode(train.answer(example)) for example in range(min(n, len(train)))]
-    n_all, source = len(known) if args.answers else len(train), args.answers or "the training data"
+    if args.answers:
+        answers = search.answers_of(run, args)
+        n_all, source = len(answers), args.answers
+    else:
+        answers = search.answers_in(run, train, n)
+        n_all, source = len(train), "the training data"
     print(f"reading {min(n, n_all):,} answers of {source}; their embeddings are kept", flush=True)
-    table = search.open_table(run, known[:n], autocast)
+    table = search.open_table(run, answers[:n], autocast)
     some = f"the first {n:,} of {n_all:,}" if n < n_all else f"all {n_all:,}"
     known = f"Known are {some} answers of {source}, {len(table.answers):,} different ones."
     middle = table.vectors.mean(0, dtype=np.float32)

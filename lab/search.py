@@ -110,8 +110,7 @@ def answers_of(run: Run, args: Args) -> list[str]:
     if not args.answers:
         if field:
             fail(f"field={field} is one of a file of answers; --answers=FILE names it")
-        pairs = data_of(run, args.data_dir).pairs["train"]
-        return [run.tokenizer.decode(pairs.answer(example)) for example in range(len(pairs))]
+        return answers_in(run, data_of(run, args.data_dir).pairs["train"])
     if path.suffix == ".txt":
         if field:
             fail(f"field={field} is one of a file of rows; {path} has an answer per line")
@@ -123,6 +122,11 @@ def answers_of(run: Run, args: Args) -> list[str]:
     # The answer alone, as a pair of it with itself.
     config = replace(run.config, fields=f"{field}:{field}", group="") if field else run.config
     return [row["code"] for row in read_questions(path, config)[:]]
+
+
+def answers_in(run: Run, pairs: Pairs, n: int | None = None) -> list[str]:
+    """The answers of a split, or of its first n examples, as texts."""
+    return [run.tokenizer.decode(pairs.answer(example)) for example in range(len(pairs))[:n]]
 
 
 # --- texts as vectors -------------------------------------------------------------------------

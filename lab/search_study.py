@@ -29,7 +29,7 @@ from config import Config, fail, find_recipe, parse_args
 from data import Data
 from lab.arms import BASE, INFONCE, PLAIN
 from lab.search import different_answers, embed, last_split, measures, ranks_of, rows_of
-from lab.sweep import Cell, make_cell, result_of, train_cells
+from lab.sweep import Cell, make_arm_cell, result_of, train_cells
 from plumbing.files import write_json
 from plumbing.linear_map import ridge
 from plumbing.processes import pick_device, run_main, versions
@@ -100,22 +100,18 @@ def refuse(config: Config) -> None:
         fail("BM25 needs a package: pip install bm25s")
     try:
         question, _ = rows_of(config)
-        if TEXT not in question:
-            raise ValueError(f"a run with layout={config.layout} reads no question by itself")
     except ValueError as error:
         fail(str(error))
+    if TEXT not in question:
+        fail(f"a run with layout={config.layout} reads no question by itself")
 
 
 def cells_of(setting: Setting, given: dict[str, Any], folder: Path) -> dict[tuple[str, int], Cell]:
     """A run for each arm and seed; the first seed of all arms comes first."""
-    recipe, cells = find_recipe(setting.recipe), {}
-    for seed in setting.seeds:
-        for arm, fields in setting.arms.items():
-            name = arm.replace("λ ", "lambda_")
-            overrides = {**setting.base, **given, **fields, "seed": seed,
-                         "out_dir": f"{folder}/{name}-{seed}"}  # fmt: skip
-            cells[arm, seed] = make_cell(recipe, overrides, {"arm": arm, "seed": seed})
-    return cells
+    recipe = find_recipe(setting.recipe)
+    return {(arm, seed): make_arm_cell(recipe, folder, arm,
+                                       {**setting.base, **given, **fields}, seed)
+            for seed in setting.seeds for arm, fields in setting.arms.items()}  # fmt: skip
 
 
 def search_all(cells: dict[tuple[str, int], Cell]) -> tuple[Found, dict]:
@@ -133,12 +129,10 @@ def search_all(cells: dict[tuple[str, int], Cell]) -> tuple[Found, dict]:
             fail(f"the runs were trained on, or ask, different data: {sorted(asked)}; with another "
                  "--out_dir all of them are trained anew")  # fmt: skip
         if not found:
-            found["BM25, words"] = of_seed(bm25_ranks(run, pairs, answers, own))
+            add(found, "BM25, words", bm25_ranks(run, pairs, answers, own))
         of_run = ranks_by_way(run, data, answers, own, autocast)
         for way, ranks in of_run.items():
-            for measure, [value] in of_seed(ranks).items():
-                values = found.setdefault(f"{arm}, {way}", {}).setdefault(measure, [])
-                values.append(value)
+            add(found, f"{arm}, {way}", ranks)
         best = max(of_run, key=lambda way: (of_run[way] == 1).mean())
         print(f"{arm}, seed {seed} | recall@1 {(of_run[best] == 1).mean():.3f} by {best}",
               flush=True)  # fmt: skip
@@ -149,8 +143,10 @@ def search_all(cells: dict[tuple[str, int], Cell]) -> tuple[Found, dict]:
                                                for cell in cells.values()}}  # fmt: skip
 
 
-def of_seed(ranks: np.ndarray) -> dict[str, list[float]]:
-    return {measure: [value] for measure, value in measures(ranks).items()}
+def add(found: Found, name: str, ranks: np.ndarray) -> None:
+    """One more seed's measures."""
+    for measure, value in measures(ranks).items():
+        found.setdefault(name, {}).setdefault(measure, []).append(value)
 
 
 def ranks_by_way(
@@ -171,7 +167,7 @@ def ranks_by_way(
         x, y, query, target = (torch.from_numpy(vectors[i]).double()
                                for vectors in (fit_x, fit_y, queries, targets))  # fmt: skip
         fitted = ridge(x, y)
-        mapped = fitted(query), (target - fitted.y_mean) / fitted.y_std
+        mapped = fitted(query), fitted.scaled(target)
         ranks[f"{WAYS[i]}, mapped"] = ranks_of(*(F.normalize(v, dim=-1).numpy() for v in mapped),
                                                own)  # fmt: skip
     return ranks

@@ -28,7 +28,7 @@ from data import load_data, read_questions
 from evaluate import Args, evaluate
 from generate import SHARES
 from lab.arms import BASE, RECIPE, STAGES, Stage
-from lab.sweep import Cell, each_once, make_cell, result_of, train_cells
+from lab.sweep import Cell, each_once, make_arm_cell, result_of, train_cells
 from plumbing.files import read_records, write_figure, write_json, write_lines
 from plumbing.jsonl import row_of
 from plumbing.processes import pick_device, run_main
@@ -119,14 +119,10 @@ def parse(argv: list[str]) -> Plan:
 
 def cells_of(plan: Plan) -> Cells:
     """A run for each arm and seed: the recipe, the study's base, what was given, the arm."""
-    recipe, cells = find_recipe(RECIPE), {}
-    for arm, fields in plan.stage.arms.items():
-        name = arm.replace(" ", "_").replace(",", "").replace("λ", "lambda")
-        for seed in plan.stage.seeds:
-            overrides = {**BASE, **plan.given, **fields, "seed": seed,
-                         "out_dir": f"{plan.folder}/{name}-{seed}"}  # fmt: skip
-            cells[arm, seed] = make_cell(recipe, overrides, {"arm": arm, "seed": seed})
-    return cells
+    recipe = find_recipe(RECIPE)
+    return {(arm, seed): make_arm_cell(recipe, plan.folder, arm,
+                                       {**BASE, **plan.given, **fields}, seed)
+            for arm, fields in plan.stage.arms.items() for seed in plan.stage.seeds}  # fmt: skip
 
 
 # --- what came of it --------------------------------------------------------------------------

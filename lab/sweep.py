@@ -155,6 +155,13 @@ def make_cell(recipe: Path, overrides: dict[str, Any], values: dict[str, Any]) -
     return Cell(values, command, config, Path(config.out_dir))
 
 
+def make_arm_cell(recipe: Path, folder: Path, arm: str, fields: dict[str, Any], seed: int) -> Cell:
+    """The cell of a study's arm and seed: `fields` over the recipe, in a folder of its own."""
+    name = arm.replace(" ", "_").replace(",", "").replace("λ", "lambda")
+    overrides = {**fields, "seed": seed, "out_dir": f"{folder}/{name}-{seed}"}
+    return make_cell(recipe, overrides, {"arm": arm, "seed": seed})
+
+
 def short(value: Any) -> str:
     """A value in a name: 1.0 is 1. Unlike %g it keeps different values apart."""
     return str(value).removesuffix(".0")

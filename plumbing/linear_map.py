@@ -50,7 +50,7 @@ def linear_r2(text: torch.Tensor, code: torch.Tensor) -> tuple[float, str]:
         return 0.0, "line"
 
     fitted = ridge(x[:n], y[:n])
-    y_held = (y[n:] - fitted.y_mean) / fitted.y_std
+    y_held = fitted.scaled(y[n:])
     sse = (y_held - fitted(x[n:])).square().sum()
     return (1 - sse / y_held.square().sum()).item(), ""
 
@@ -65,8 +65,12 @@ class Ridge(NamedTuple):
     weights: torch.Tensor  # (C, C)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """What y is to be, (n, C), still centred and scaled: (y - y_mean) / y_std."""
+        """What `scaled(y)` is to be, (n, C)."""
         return (x - self.x_mean) / self.x_std @ self.weights
+
+    def scaled(self, y: torch.Tensor) -> torch.Tensor:
+        """y, centred and scaled as the map has it, (n, C)."""
+        return (y - self.y_mean) / self.y_std
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor) -> Ridge:
