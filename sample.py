@@ -6,7 +6,8 @@
     python sample.py out/gsm8k_jepa --interactive   ask, read, ask again; Ctrl-D leaves
 
 With --interactive an answer is printed while it is written. Ctrl-C ends it. Each question stands
-alone: the model is not told of those before. Out of a pipe, every line is a question.
+alone: the model is not told of those before. Out of a pipe, every line is a question,
+which is printed before its answer.
 """
 
 import contextlib
@@ -139,6 +140,8 @@ def converse(run: Run, args: Args, system: str | None, autocast) -> None:
             return
         if not text.strip():
             continue
+        if not in_terminal:
+            print(f"> {text}")  # as it stands in a terminal
         try:
             print_answer(run, args, own_question(run, text, system).prompt, autocast)
         except KeyboardInterrupt:

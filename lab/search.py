@@ -261,7 +261,8 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarra
 
 
 def evaluate(run: Run, args: Args, autocast) -> None:
-    """Print the measures on held-out pairs, and write them to search.json in the run's folder."""
+    """Print the measures on held-out pairs, and write them to search...json in the run's
+    folder, one for each checkpoint and file of pairs."""
     pairs, name, n_rows = held_out(run, args)
     if not len(pairs):
         fail(f"none of the {n_rows} pairs fits into block_size={run.config.block_size}")
@@ -279,7 +280,9 @@ def evaluate(run: Run, args: Args, autocast) -> None:
           f"{1 / len(answers):.3f}, {min(1, 10 / len(answers)):.3f}")  # fmt: skip
     about = {"run": run.name, "step": run.step, "pairs": name, "n": len(pairs),
              "different_answers": len(answers), "left_out": n_rows - len(pairs)}  # fmt: skip
-    path = run.path.parent / "search.json"
+    parts = [] if run.path.stem == "ckpt" else [run.path.stem]
+    parts += [Path(args.answers).stem] if args.answers else []
+    path = run.path.parent / f"{'-'.join(['search', *parts])}.json"
     write_json(path, {**found, "recall_at_1_95": [low, high],
                       "provenance": {**about, "trained": run.provenance, **versions()}})
     print(f"wrote {path}")

@@ -220,7 +220,8 @@ def test_interactive_answers_are_those_of_a_prompt(options, tiny_run, converse, 
     for question in questions:
         sample.main(["out/tiny", "--device=cpu", "--dtype=float32", "--num_samples=1",
                      f"--prompt={question}", *options])  # fmt: skip
-        expected.append(capsys.readouterr().out.partition("--- tiny answers\n")[2])
+        answer = capsys.readouterr().out.partition("--- tiny answers\n")[2]
+        expected.append(f"> {question}\n{answer}")
     said, complaints = converse("\n".join(questions), *options)  # no line end after the last
     assert said == "".join(expected) and complaints == ""
     assert converse("\n  \n".join([*questions, ""]), *options)[0] == said  # nothing is no question
@@ -230,8 +231,8 @@ def test_interactive_answers_are_those_of_a_prompt(options, tiny_run, converse, 
 def test_what_cannot_be_asked_is_a_line_and_the_next_question_is_answered(tiny_run, converse):
     tiny_run(max_iters=1)
     alone, _ = converse("What is 3 plus 2?\n")
-    said, complaints = converse("12 plus " * 40 + "\nWhat is 3 plus 2?\n")
-    assert said == alone
+    said, complaints = converse(f"{'12 plus ' * 40}\nWhat is 3 plus 2?\n")
+    assert said == f"> {'12 plus ' * 40}\n{alone}"
     [line] = complaints.splitlines()
     assert line.startswith("error: ") and "leaves room for 63" in line
 

@@ -128,6 +128,8 @@ def test_eval_on_a_file_counts_the_questions_that_were_trained_on(run, monkeypat
     said = capsys.readouterr().out
     assert "3 of 8 questions of asked.jsonl are in train" in said
     assert "8 questions of asked.jsonl, 8 different answers" in said
+    stored = json.loads(Path("out/tiny/search-asked.json").read_text())
+    assert stored["provenance"]["pairs"] == "asked.jsonl"
 
 
 # --- the table --------------------------------------------------------------------------------
