@@ -33,9 +33,9 @@ def embed_pairs(trunk: Trunk, pairs: Pairs, n: int, autocast):
     for at, batch in held_out_batches(pairs, n):
         batch = batch.to(trunk.device)
         with autocast():
-            hidden, ce_sum = trunk(batch, objective.reads(batch.block, pairs.config))
+            hidden, ce_sum = trunk(batch, objective.reads(batch, pairs.config))
         ce, n_labels = ce + ce_sum.item(), n_labels + (batch.targets != -1).sum().item()
-        views = objective.views(hidden, batch.block, pairs.config)
+        views = objective.views(hidden, batch, pairs.config)
         pred[at], target[at] = (view.float().cpu() for view in views)
     trunk.train(was_training)
     return ce / n_labels, pred[has_target], target[has_target]
@@ -50,12 +50,14 @@ def target_groups(pairs: Pairs, n: int) -> np.ndarray:
 
 def held_out_batches(pairs: Pairs, n: int, size: int = 16):
     """The first n pairs with all their blocks, as numbers and Batch; of like length together, so
-    that there is little padding."""
+    that there is little padding. What an objective draws is the same in every evaluation."""
     order = np.argsort(pairs.lengths[:n].sum(1), kind="stable")
-    row = OBJECTIVES[pairs.config.objective].row(pairs.layout)
+    objective, rng = OBJECTIVES[pairs.config.objective], np.random.default_rng(0)
+    row = objective.row(pairs.layout)
     bar = Bar("held-out pairs", "pair", n)
     for at in np.split(order, range(size, n, size)):
-        yield at, pairs.pack(at, row, pairs.has_target(at))
+        given = objective.given(pairs, at, rng)
+        yield at, pairs.pack(at, row, pairs.has_target(at))._replace(given=given)
         bar.move(len(at))
 
 

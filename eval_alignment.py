@@ -254,14 +254,14 @@ def embed_layers(trunk: Trunk, pairs: Pairs, autocast):
     for at, batch in held_out_batches(pairs, len(pairs)):
         batch, streams = batch.to(trunk.device), []
         with autocast():
-            read = objective.reads(batch.block, config) | block_ends(batch.block)
+            read = objective.reads(batch, config) | block_ends(batch.block)
             last, ce_sum = trunk(batch, read, streams)
         ce, n_labels = ce + ce_sum.item(), n_labels + (batch.targets != -1).sum().item()
         if encoded is None:
             encoded = torch.empty(len(streams) + 1, 3, len(pairs), trunk.width)
         for layer, hidden in enumerate([*streams, last]):
             text = read_hidden(hidden, batch.block, text_block, config.pooling)
-            pred, code = objective.views(hidden, batch.block, config)
+            pred, code = objective.views(hidden, batch, config)
             for view, read in enumerate((text, code, pred)):
                 encoded[layer, view, at] = read.float().cpu()
     return ce / n_labels, encoded[:, :, has_target]

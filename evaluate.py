@@ -187,8 +187,11 @@ def refuse_or_adapt(run: Run, args: Args) -> Args:
     if args.samples and views != "pairs":
         fail(f"{run.path}: samples={args.samples} are judged as pairs, but it was trained with "
              f"views={views}")
-    if args.judge and not run.config.jepa_weight:
-        print(f"{run.name} was trained without JEPA, so its cosines judge nothing: judge=0 for it")
+    has_pred = not run.config.objective.startswith("tube")
+    if args.judge and not (run.config.jepa_weight and has_pred):
+        without = "JEPA" if has_pred else "[PRED]"
+        print(f"{run.name} was trained without {without}, so its cosines judge nothing: judge=0 "
+              "for it")  # fmt: skip
         return replace(args, judge=0.0)
     return args
 

@@ -12,13 +12,15 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from config import Config
-from model import block_ends, read_hidden
+from model import Batch, block_ends, read_hidden
+from objectives import tube
 from plumbing.spreads import sigreg, variance_covariance
-from views import Layout, layout_of
+from views import Layout, Pairs, layout_of
 
 TEMPERATURE = 0.07  # of InfoNCE
 
@@ -30,36 +32,42 @@ class Objective(NamedTuple):
     """A row of OBJECTIVES; docs/new-objective.md adds one in a page.
 
     row: layout -> the blocks that a row with the JEPA term holds, in order.
-    reads: (block (B, T), config) -> (B, T) bool, the positions whose hidden states `views` needs.
-        The trunk need not compute the others, and says nan there.
-    views: (hidden (B, T, C), block (B, T), config) -> pred and target, (B, C) each.
+    reads: (batch, config) -> (B, T) bool, the positions whose hidden states `views` needs. The
+        trunk need not compute the others, and says nan there.
+    views: (hidden (B, T, C), batch, config) -> pred and target, (B, C) each.
     target: layout -> the block that target alone is read from, which stop_grad and ema encode in a
         pass of its own; None where there is no such block.
+    given: (pairs, examples (B,), rng) -> what the two need beside the rows, as batch.given: random
+        positions, or a target that is no hidden state; (B, ...).
     """
 
     row: Callable[[Layout], tuple[int, ...]]
-    reads: Callable[[torch.Tensor, Config], torch.Tensor]
-    views: Callable[[torch.Tensor, torch.Tensor, Config], tuple[torch.Tensor, torch.Tensor]]
+    reads: Callable[[Batch, Config], torch.Tensor]
+    views: Callable[[torch.Tensor, Batch, Config], tuple[torch.Tensor, torch.Tensor]]
     target: Callable[[Layout], int | None]
+    given: Callable[[Pairs, np.ndarray, np.random.Generator], torch.Tensor] = (
+        lambda pairs, examples, rng: torch.empty(len(examples), 0))  # fmt: skip
 
 
-def pair_reads(block: torch.Tensor, config: Config) -> torch.Tensor:
+def pair_reads(batch: Batch, config: Config) -> torch.Tensor:
     """The ends of all blocks, [PRED] and target among them; everywhere for a mean."""
-    everywhere = torch.ones_like(block, dtype=torch.bool)
-    return everywhere if config.pooling == "mean" else block_ends(block)
+    everywhere = torch.ones_like(batch.block, dtype=torch.bool)
+    return everywhere if config.pooling == "mean" else block_ends(batch.block)
 
 
-def pair(hidden: torch.Tensor, block: torch.Tensor, config: Config):
+def pair(hidden: torch.Tensor, batch: Batch, config: Config):
     """LLM-JEPA (arXiv 2509.14252): Pred(text), read after the last [PRED], and Enc(code), read at
     the end of the code that stands alone."""
     layout = layout_of(config)
-    pred = read_hidden(hidden, block, layout.pred)
-    return pred, read_hidden(hidden, block, layout.enc, config.pooling)
+    pred = read_hidden(hidden, batch.block, layout.pred)
+    return pred, read_hidden(hidden, batch.block, layout.enc, config.pooling)
 
 
 OBJECTIVES = {
     "pair": Objective(lambda layout: layout.row, pair_reads, pair, lambda layout: layout.enc),
-}
+    **dict.fromkeys(tube.SIGNS, Objective(
+        lambda layout: layout.plain, tube.reads, tube.views, lambda layout: None, tube.drawn)),
+}  # fmt: skip
 
 
 # --- losses -----------------------------------------------------------------------------------

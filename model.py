@@ -97,6 +97,7 @@ class Batch(NamedTuple):
     idx: torch.Tensor  # below V, or V + i for [PRED] number i
     block: torch.Tensor  # PAD, or a number of views.py
     targets: torch.Tensor  # -1: no label
+    given: torch.Tensor = torch.empty(0)  # (B, ...), what an objective has beside the rows
 
     def to(self, device: torch.device) -> "Batch":
         if device.type != "cuda":
@@ -173,7 +174,7 @@ class Trunk(nn.Module):
             hidden (B, T, C) after the final norm, nan where nobody asked; the sum of the cross-
             entropy in nats (the caller knows how many labels its whole step has), or None.
         """
-        idx, block, targets = batch
+        idx, block, targets, _ = batch
         attn_mask, position_ids = block_causal_mask(block, self.sees)  # (B, T, T), (B, T)
         labelled = torch.zeros_like(read) if targets is None else targets != -1
         wanted = labelled | read  # (B, T), N of them

@@ -81,11 +81,11 @@ def train_step(t: Training, step: int) -> dict[str, float]:
     for micro in micro_batches:
         batch = Batch(*map(t.processes.mine, micro.batch)).to(device)  # (B, T) each
         with t.autocast():
-            hidden, ce_sum = t.forward(batch, objective.reads(batch.block, config))
+            hidden, ce_sum = t.forward(batch, objective.reads(batch, config))
         ce = ce_sum / n_labels  # nats per label
         jepa = regularizer = torch.zeros((), device=device)
         if micro.has_jepa.any():
-            pred, target = pred_and_target(t, micro, hidden, batch.block)  # (n, C) each
+            pred, target = pred_and_target(t, micro, hidden, batch)  # (n, C) each
             share = float(micro.has_jepa.sum() / n_jepa)  # of the step's JEPA examples
             jepa = share * distance(pred, target, config.jepa_loss, micro.groups)
             if config.spread != "none" and len(pred) > 1:  # one example has nothing to be apart of
@@ -131,11 +131,12 @@ def plan(t: Training, step: int, micro: int) -> MicroBatch:
     examples = pairs.batch(step * config.gradient_accumulation_steps + micro)
     has_jepa = pairs.with_jepa(examples, step, micro)
     groups = pairs.groups(examples[has_jepa])
-    if not separate_target(config):
-        return MicroBatch(has_jepa, groups, pairs.pack(examples, row, has_jepa), None)
-    row = tuple(block for block in row if block != target or block in layout.plain)
-    batch, alone = pairs.pack(examples, row, has_jepa), None
-    if n := has_jepa.sum():
+    if separate_target(config):
+        row = tuple(block for block in row if block != target or block in layout.plain)
+    # jepa_dropout draws from (seed, step, micro): this is another stream.
+    given = objective.given(pairs, examples, np.random.default_rng((config.seed, step, micro, 1)))
+    batch, alone = pairs.pack(examples, row, has_jepa)._replace(given=given), None
+    if separate_target(config) and (n := has_jepa.sum()):
         # All processes get as many: the first ones stand again at the end if they do not share out.
         n += -n % t.processes.world
         alone = pairs.pack(np.resize(examples[has_jepa], n), (target,))._replace(targets=None)
@@ -148,22 +149,22 @@ def separate_target(config: Config) -> bool:
     return config.stop_grad or config.ema > 0
 
 
-def pred_and_target(t: Training, micro: MicroBatch, hidden, block):
+def pred_and_target(t: Training, micro: MicroBatch, hidden: torch.Tensor, batch: Batch):
     """Pred and target of the n examples that carry the JEPA term, (n, C) each, out of the hidden
     states of this process's rows. Terms that compare examples see those of all processes: each
     computes the whole loss, and of its gradient what its own examples cause."""
     config, views = t.pairs.config, OBJECTIVES[t.pairs.config.objective].views
     has_jepa = torch.from_numpy(micro.has_jepa).to(hidden.device)  # (B,) of all processes
-    pred, target = views(hidden, block, config)
+    pred, target = views(hidden, batch, config)
     pred = t.processes.gather(pred)[has_jepa]
     if micro.alone is None:
         return pred, t.processes.gather(target)[has_jepa]
-    idx, block = (t.processes.mine(x).to(hidden.device) for x in micro.alone[:2])
+    alone = Batch(*(t.processes.mine(x).to(hidden.device) for x in micro.alone[:2]), None)
     # After the row's pass, since autocast keeps the weights that it has cast.
     with torch.no_grad(), t.autocast():
-        read = OBJECTIVES[config.objective].reads(block, config)
-        hidden, _ = (t.ema or t.model)(Batch(idx, block, None), read)
-    _, target = views(hidden, block, config)
+        read = OBJECTIVES[config.objective].reads(alone, config)
+        hidden, _ = (t.ema or t.model)(alone, read)
+    _, target = views(hidden, alone, config)
     return pred, t.processes.gather(target)[: len(pred)]  # without the ones that stand again
 
 
@@ -174,7 +175,7 @@ def cost(model: Trunk, config: Config, micro_batches: list[MicroBatch]) -> dict[
         for rows, passes in ((batch, 3), (alone, 1)):  # backward is twice forward
             if rows is not None:
                 tokens += (rows.block != PAD).sum().item()
-                read = OBJECTIVES[config.objective].reads(rows.block, config)
+                read = OBJECTIVES[config.objective].reads(rows, config)
                 flops += passes * model.flops(rows, read)
     return {"tokens": tokens, "flops": flops}
 
@@ -338,7 +339,7 @@ def main(argv: list[str]) -> None:
                  processes)  # fmt: skip
     if config.compile and device.type == "cuda":  # first: it draws dropout, so random numbers
         batch = plan(t, 0, 0).batch.to(device)
-        read = OBJECTIVES[config.objective].reads(batch.block, config)
+        read = OBJECTIVES[config.objective].reads(batch, config)
         compile_or_not(model, autocast, lambda: model(batch, read)[1].backward())
     progress = restore(t, saved, data) if saved else Progress()
     if processes.world > 1:  # [PRED] has no gradient in a step without JEPA

@@ -71,7 +71,9 @@ class Pairs:
     tokens (N,) int32 and is_label (N,) bool: is it to be predicted? starts (n, 3) int64 and lengths
     (n, 3) int32, a column for TEXT, CODE and TARGET each. A TARGET of length 0: no JEPA term.
     question_length (n,): how many of the text's tokens are the question, from which generation
-    starts. source_row (n,): the row of its split that each example was made of (see fitting).
+    starts. framing (n, 2): how many of the text's first and last tokens only stand around it.
+    source_row (n,): the row of its split that each example was made of (see fitting). idf (V,): of
+    the tokens in train's answers, for objective=bag.
     """
 
     tokens: np.ndarray
@@ -79,9 +81,11 @@ class Pairs:
     starts: np.ndarray
     lengths: np.ndarray
     question_length: np.ndarray
+    framing: np.ndarray
     config: Config
     vocab_size: int
     source_row: np.ndarray | None = None
+    idf: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -94,7 +98,8 @@ class Pairs:
         """The examples at these numbers."""
         source_row = None if self.source_row is None else self.source_row[at]
         return replace(self, starts=self.starts[at], lengths=self.lengths[at],
-                       question_length=self.question_length[at], source_row=source_row)
+                       question_length=self.question_length[at], framing=self.framing[at],
+                       source_row=source_row)
 
     def view(self, example: int, block: int) -> list[int]:
         """Tokens of one view of one example: block is TEXT, CODE or TARGET."""
@@ -140,9 +145,10 @@ class Pairs:
         return self.lengths[examples, TARGET - 1] > 0
 
     def groups(self, examples: np.ndarray) -> np.ndarray:
-        """(B,) a number for what Enc reads of each example, equal where its tokens are equal."""
-        seen, enc = {}, self.layout.enc
-        return np.array([seen.setdefault(tuple(self.view(example, enc)), len(seen))
+        """(B,) a number for what Enc reads of each example, equal where its tokens are equal; for
+        objective=bag in whatever order."""
+        seen, enc, kept = {}, self.layout.enc, sorted if self.config.objective == "bag" else list
+        return np.array([seen.setdefault(tuple(kept(self.view(example, enc))), len(seen))
                          for example in examples], int)  # fmt: skip
 
     def with_jepa(self, examples: np.ndarray, step: int, micro: int) -> np.ndarray:
@@ -204,12 +210,13 @@ def pred_tokens(config: Config, vocab_size: int) -> list[int]:
 
 class Example(NamedTuple):
     """One example in tokens. Labels: the text after its first `question_length` tokens, and the
-    code. target: None is the code again, [] means no JEPA term."""
+    code. target: None is the code again, [] means no JEPA term. framing: see Pairs."""
 
     text: list[int]
     question_length: int
     code: list[int]
     target: list[int] | None = None
+    framing: tuple[int, int] = (0, 0)
 
 
 class Frame(NamedTuple):
@@ -228,6 +235,7 @@ class Columns(NamedTuple):
     starts: np.ndarray
     lengths: np.ndarray
     question_length: np.ndarray
+    framing: np.ndarray
 
 
 def tokenize(rows, tokenizer: Tokenizer, config: Config) -> tuple[Pairs, int]:
@@ -246,8 +254,8 @@ def columns_of(
 
 def stacked(examples: list[Example], config: Config) -> Columns:
     """Examples one after another."""
-    tokens, is_label, starts, lengths, question_length = [], [], [], [], []
-    for text, question, code, target in examples:
+    tokens, is_label, starts, lengths = [], [], [], []
+    for text, question, code, target, _ in examples:
         begin = len(tokens)
         tokens += text + code
         unlabelled = 0 if config.labels == "all" else question
@@ -261,11 +269,12 @@ def stacked(examples: list[Example], config: Config) -> Columns:
             is_label += [False] * len(target)
         starts.append((begin, begin + len(text), target_begin))
         lengths.append((len(text), len(code), len(target)))
-        question_length.append(question)
     starts = np.array(starts, np.int64).reshape(-1, 3)
     lengths = np.array(lengths, np.int32).reshape(-1, 3)
+    question_length = np.array([example.question_length for example in examples], np.int32)
+    framing = np.array([example.framing for example in examples], np.int32).reshape(-1, 2)
     return Columns(np.array(tokens, np.int32), np.array(is_label, bool), starts, lengths,
-                   np.array(question_length, np.int32))  # fmt: skip
+                   question_length, framing)  # fmt: skip
 
 
 def fitting(columns: Columns, tokenizer: Tokenizer, config: Config) -> tuple[Pairs, int]:
@@ -297,7 +306,12 @@ def pair_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[E
     examples = []
     for (before, after, alone), t, c in zip(frames(rows, tokenizer, config), texts, codes):
         text, code = [*before, *t, *after], [*c, tokenizer.eot]
-        examples.append(Example(text, len(text), code, [*alone, *code] if alone else None))
+        target = [*alone, *code] if alone else None
+        if config.objective.startswith("tube"):  # which needs two steps from state to state
+            asked = len(t) - (not before)  # of them in the question
+            least = 1 if config.objective == "tube_two_views" else 0
+            target = [] if asked < least or asked + len(c) < 2 else target
+        examples.append(Example(text, len(text), code, target, (len(before), len(after))))
     return examples
 
 

@@ -329,7 +329,7 @@ def made_up(config: Config, vocab_size: int, B: int, T: int) -> Pairs:
     return Pairs(
         np.random.default_rng(0).integers(vocab_size, size=B * T, dtype=np.int32),
         np.ones(B * T, bool), starts + np.array([0, half, half]),
-        np.tile([half, T - half, T - half], (B, 1)), np.full(B, half),
+        np.tile([half, T - half, T - half], (B, 1)), np.full(B, half), np.zeros((B, 2), int),
         replace(config, batch_size=B), vocab_size,
     )  # fmt: skip
 

@@ -92,7 +92,7 @@ def last_gradient(t: Training) -> torch.nn.Parameter:
 def trunk_flops(t: Training, step: int) -> int:
     """Operations of a step but for its output layer, forward and backward."""
     config, batch = t.pairs.config, plan(t, step, 0).batch
-    read = OBJECTIVES[config.objective].reads(batch.block, config) | (batch.targets != -1)
+    read = OBJECTIVES[config.objective].reads(batch, config) | (batch.targets != -1)
     return 3 * t.model.flops(batch._replace(targets=None), read)
 
 

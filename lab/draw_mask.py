@@ -5,7 +5,8 @@
 A toy pair with every block of the layout, packed by views.py and masked by model.py. Training
 leaves out [PRED] and the target at λ = 0, encodes the target in a row of its own with stop_grad,
 and has no end marks in facts and running text. demo.py draws rows of a trained run with the same
-functions.
+functions. Of the tube one draw is shown, another one with --seed: patch and rest are sums of the
+states that they stand at, with these signs.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 
 from config import load_config
+from jepa import OBJECTIVES
 from model import block_causal_mask, visible_blocks
+from objectives.tube import SIGNS, drawn
 from plumbing.files import write_figure
 from plumbing.processes import run_main
 from views import AGAIN, CODE, PRED, TARGET, TEXT, Pairs
@@ -36,7 +39,7 @@ def main(argv: list[str]) -> None:
     pairs = Pairs(
         tokens=np.arange(7), is_label=np.arange(7) >= (0 if config.labels == "all" else 5),
         starts=np.array([[0, 5, 5]]), lengths=np.array([[5, 2, 2]]),
-        question_length=np.array([5]), config=config, vocab_size=7,
+        question_length=np.array([5]), framing=np.array([[0, 1]]), config=config, vocab_size=7,
     )  # fmt: skip
     words = [*WORDS, *(f"[PRED{i}]" for i in range(config.n_pred))]
     tokens, mask = row_of(pairs, 0, words.__getitem__)
@@ -67,19 +70,32 @@ def row_of(
 ) -> tuple[list[Token], torch.Tensor]:
     """The tokens of an example's row, with every block of its layout, and which of them each one
     sees: (n, n) bool. word_of says how a token, or [PRED] from V on, is written."""
-    layout, pooling = pairs.layout, pairs.config.pooling
-    row = pairs.pack(np.array([example]), layout.row)
+    layout = pairs.layout
+    row = pairs.pack(np.array([example]), OBJECTIVES[pairs.config.objective].row(layout))
     mask, positions = (t[0] for t in block_causal_mask(row.block, visible_blocks(layout.parents)))
-    idx, block, targets = (t[0].tolist() for t in row)
-    reads = [""] * len(idx)
+    idx, block, targets = (t[0].tolist() for t in row[:3])
+    labels = ["" if t < 0 else word_of(t) for t in targets]
+    columns = map(word_of, idx), block, positions.tolist(), labels, reads_of(pairs, example, block)
+    return [Token(*column) for column in zip(*columns)], mask
+
+
+def reads_of(pairs: Pairs, example: int, block: list[int]) -> list[str]:
+    """What is read at each token of an example's row, in words."""
+    config, layout, reads = pairs.config, pairs.layout, [""] * len(block)
+    if config.objective in SIGNS:
+        rng = np.random.default_rng(config.seed)
+        [columns] = drawn(pairs, np.array([example]), rng).tolist()
+        for name, signs in zip(("patch", "rest"), SIGNS[config.objective]):
+            for column in range(len(block)):
+                sign = sum(s for s, at in zip(signs, columns) if at == column)
+                reads[column] += f" {'+' if sign > 0 else '-'}{name}" if sign else ""
+        return [what.strip() for what in reads]
     for name, which in (("Pred", layout.pred), ("Enc", layout.enc)):
-        mean = pooling == "mean" and name == "Enc"
+        mean = config.pooling == "mean" and name == "Enc"
         what = f"{name} is the mean of this block" if mean else f"{name} is read here"
         if which in block:
-            reads[len(idx) - 1 - block[::-1].index(which)] += what
-    labels = ["" if t < 0 else word_of(t) for t in targets]
-    columns = map(word_of, idx), block, positions.tolist(), labels, reads
-    return [Token(*column) for column in zip(*columns)], mask
+            reads[len(block) - 1 - block[::-1].index(which)] += what
+    return reads
 
 
 def shortened(

@@ -67,18 +67,19 @@ def judged(trunk: Trunk, pairs: Pairs, examples, answers) -> tuple[torch.Tensor,
     for example, ids in zip(examples, answers):
         text, code, target = (pairs.view(example, block) for block in (TEXT, CODE, TARGET))
         system = target[: len(target) - len(code)]
-        rows.append(Example(text, len(text), ids, system + ids))
+        rows.append(Example(text, len(text), ids, system + ids, tuple(pairs.framing[example])))
     config = replace(pairs.config, labels="answer")
     candidates = Pairs(*stacked(rows, config), config, pairs.vocab_size)
-    objective = OBJECTIVES[config.objective]
+    objective, rng = OBJECTIVES[config.objective], np.random.default_rng(0)
     log_p, cosine = torch.empty(2, len(rows)).unbind()
     for at in np.array_split(np.arange(len(rows)), -(-len(rows) // 16)):
-        batch = candidates.pack(at, objective.row(pairs.layout)).to(trunk.device)
+        batch = candidates.pack(at, objective.row(pairs.layout))
+        batch = batch._replace(given=objective.given(candidates, at, rng)).to(trunk.device)
         hidden, labelled = trunk.everywhere(batch.idx, batch.block), batch.targets != -1
         logits = trunk.logits(hidden[labelled]).float()
         loss = torch.zeros(batch.targets.shape, device=trunk.device)
         loss[labelled] = F.cross_entropy(logits, batch.targets[labelled], reduction="none")
         log_p[at] = -loss.sum(1).cpu()
-        pred, target = objective.views(hidden, batch.block, config)
+        pred, target = objective.views(hidden, batch, config)
         cosine[at] = F.cosine_similarity(pred.float(), target.float()).cpu()
     return log_p, cosine

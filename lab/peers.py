@@ -73,7 +73,7 @@ class PaddedPairs(Pairs):
     """Pairs whose rows are padded to block_size, however short they are."""
 
     def pack(self, examples, blocks, has_jepa=True):
-        idx, block, targets = super().pack(examples, blocks, has_jepa)
+        idx, block, targets, _ = super().pack(examples, blocks, has_jepa)
         room = max(0, self.config.block_size - idx.size(1))
         return Batch(*(F.pad(rows, (0, room), value=fill)
                        for rows, fill in ((idx, 0), (block, PAD), (targets, -1))))  # fmt: skip

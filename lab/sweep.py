@@ -64,7 +64,8 @@ PANELS = (  # of heat.png: title, figure of a result, a colour map in which brig
 )  # fmt: skip
 # Fields that rows may depend on, the tokens' own left out.
 DATA = ("data_dir", *(key for key in FIELDS if key not in (
-    "tokenizer", "bpe_vocab_size", "labels", "views", "layout", "train_rows")))  # fmt: skip
+    "tokenizer", "bpe_vocab_size", "labels", "views", "layout", "train_rows",
+    "objective")))  # fmt: skip
 
 
 @dataclass(frozen=True)

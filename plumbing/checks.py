@@ -71,6 +71,12 @@ def check_data(config: Any) -> None:
 
 def check_objective(config: Any) -> None:
     """What goes with which loss and tree of blocks."""
+    if config.objective.startswith("tube"):
+        for key, only in (("n_pred", 0), ("layout", "tree"), ("views", "pairs"),
+                          ("pooling", "last"), ("stop_grad", False), ("ema", 0.0)):
+            if (value := getattr(config, key)) != only:
+                fail(f"{key}={value}: objective={config.objective} goes with {key}={only}, for it "
+                     "reads single states of question and answer and nothing beside them")
     if config.layout != "tree" and config.views != "pairs":
         fail(f"layout={config.layout} goes with views=pairs, not {config.views}")
     if config.layout in ("plan", "front") and config.n_pred == 0:

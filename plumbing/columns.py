@@ -25,13 +25,14 @@ from plumbing.tokenizers import Tokenizer, load_tokenizer
 from views import Columns
 
 FORMATS = {"tokens": (np.int32, (-1,)), "is_label": (bool, (-1,)), "starts": (np.int64, (-1, 3)),
-           "lengths": (np.int32, (-1, 3)), "question_length": (np.int32, (-1,))}  # fmt: skip
+           "lengths": (np.int32, (-1, 3)), "question_length": (np.int32, (-1,)),
+           "framing": (np.int32, (-1, 2))}  # fmt: skip
 SOURCES = ("data.py", "views.py", "plumbing/tokenizers.py", "plumbing/hf_tokenizer.py",
            "plumbing/jsonl.py")  # of tokens
 # What tokens depend on beside files and code; block_size is applied when they are read.
 FIELDS = ("dataset", "tokenizer", "bpe_vocab_size", "answer_view", "labels", "views",
           "system_prompt", "layout", "train_rows", "bad_lines", "fields", "group", "label_end",
-          "template")  # fmt: skip
+          "template", "objective")  # fmt: skip
 
 
 def fields_of(config: Config) -> SimpleNamespace:

@@ -122,8 +122,8 @@ def test_the_own_loop_has_our_loss_and_gradients(own_loop):
     trunk = hf.load_trunk(settings, pairs.layout.parents).eval()
     trunk.pred.weight.data.copy_(pred.weight.data)
     batch = pairs.pack(everyone, pairs.layout.row)
-    hidden, ce_sum = trunk(batch, jepa.pair_reads(batch.block, settings))
-    ours, groups = jepa.pair(hidden, batch.block, settings), pairs.groups(everyone)
+    hidden, ce_sum = trunk(batch, jepa.pair_reads(batch, settings))
+    ours, groups = jepa.pair(hidden, batch, settings), pairs.groups(everyone)
     want = (ce_sum / (batch.targets != -1).sum() + 0.7 * jepa.distance(*ours, "cosine", groups)
             + 1.5 * jepa.spread(*ours, "cross", groups))  # fmt: skip
     want.backward()

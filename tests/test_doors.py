@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("plumbing", "lab", "generators", "configs")
+FOLDERS = ("plumbing", "lab", "generators", "configs", "objectives")
 TOP = sorted(path.name for path in ROOT.glob("*.py"))
 FILES = TOP + sorted(f"{folder}/{path.name}" for folder in FOLDERS
                      for path in (ROOT / folder).glob("*.py"))  # fmt: skip
@@ -216,6 +216,14 @@ def test_plumbing_knows_no_run_and_no_study(file):
     assert imported <= BELOW_PLUMBING
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("objectives/")])
+def test_objectives_stand_on_what_is_below_their_door(file):
+    """jepa.py imports them, and so the training step; they know neither losses nor a run."""
+    imported = {other.removesuffix(".py") for other in imports_of(file)
+                if not other.startswith("plumbing/")}  # fmt: skip
+    assert imported <= {"config", "model", "views"}
+
+
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("generators/")])
 def test_generators_stand_alone(file):
     assert all(other.startswith("generators/") for other in imports_of(file))
@@ -261,13 +269,14 @@ def test_the_idea_is_short():
 
 
 def test_what_training_imports_is_short():
-    """Round every corner and within functions. Apart are train.py itself, the generators, and what
-    a pretrained trunk or a tracker needs."""
+    """Round every corner and within functions. Apart are train.py itself, the generators, what a
+    pretrained trunk or a tracker needs, and the objectives beside the paper's."""
     reached, to_visit = set(), {"train.py"}
     while to_visit:
         reached |= to_visit
         to_visit = set().union(*map(imports_of, to_visit)) - reached
-    apart = ("generators/", "hf.py", "plumbing/hf_", "plumbing/track.py", "train.py")
+    apart = ("generators/", "hf.py", "plumbing/hf_", "plumbing/track.py", "train.py",
+             "objectives/")  # fmt: skip
     counted = {file for file in reached if not file.startswith(apart)}
     assert {"plumbing/files.py", "views.py", "generate.py"} <= counted
     plumbing = {file for file in counted if file.startswith("plumbing/")}

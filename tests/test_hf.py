@@ -69,8 +69,8 @@ def test_a_row_of_blocks_is_the_model_itself_on_each_path(kind, tmp_path):
     config = settings(tiny_folder(tmp_path, kind), n_pred=2)
     trunk = hf.load_trunk(config, PARENTS).eval()
     batch = row_of(trunk, 2)
-    hidden, ce_sum = trunk(batch, pair_reads(batch.block, config))
-    pred, target = pair(hidden, batch.block, config)
+    hidden, ce_sum = trunk(batch, pair_reads(batch, config))
+    pred, target = pair(hidden, batch, config)
     loss = both_losses(ce_sum, pred, target)
     loss.backward()
     got = {name: p.grad.clone() for name, p in trunk.named_parameters() if p.grad is not None}
@@ -382,8 +382,8 @@ def test_adapters_alone_move_and_merge(llama):
         if "lora_B" in name:
             p.data = torch.randn_like(p) * 0.05
     batch = row_of(trunk, 1)
-    before = trunk.eval()(batch, pair_reads(batch.block, config))[1]
-    assert torch.allclose(trunk.merged()(batch, pair_reads(batch.block, config))[1], before,
+    before = trunk.eval()(batch, pair_reads(batch, config))[1]
+    assert torch.allclose(trunk.merged()(batch, pair_reads(batch, config))[1], before,
                           rtol=1e-5)  # fmt: skip
     assert not any("lora" in name for name in trunk.state_dict())
 

@@ -74,16 +74,16 @@ def test_reads_cover_every_hidden_state_that_the_views_need(options, bpe):
     has_jepa = pairs.has_target(examples) & (examples % 3 != 1)
     assert 1 < has_jepa.sum() < len(pairs)
     batch = pairs.pack(examples, objective.row(pairs.layout), has_jepa)
-    read = objective.reads(batch.block, config)
+    read = objective.reads(batch, config)
     assert read.dtype == torch.bool and read.shape == batch.block.shape
     everywhere = model.everywhere(batch.idx, batch.block)
     known = everywhere.detach().masked_fill(~read[..., None], math.nan).requires_grad_()
     carry = torch.from_numpy(has_jepa)
-    got = [view[carry] for view in objective.views(known, batch.block, config)]
-    for view, want in zip(got, objective.views(everywhere, batch.block, config)):
+    got = [view[carry] for view in objective.views(known, batch, config)]
+    for view, want in zip(got, objective.views(everywhere, batch, config)):
         assert view.shape == (has_jepa.sum(), 32) and torch.isfinite(view).all()
         assert torch.equal(view, want[carry])
-    for view, want in zip(objective.views(model(batch, read)[0], batch.block, config), got):
+    for view, want in zip(objective.views(model(batch, read)[0], batch, config), got):
         torch.testing.assert_close(view[carry], want, rtol=1e-4, atol=1e-5)
     sum(view.square().sum() for view in got).backward()
     assert torch.isfinite(known.grad).all()
@@ -96,10 +96,10 @@ def test_reads_cover_the_target_in_a_row_of_its_own(layout, pooling, bpe):
     pairs = pairs_of(bpe, layout=layout, pooling=pooling)
     model, config, objective = model_of(pairs), pairs.config, OBJECTIVES["pair"]
     alone = pairs.pack(np.arange(9), (objective.target(pairs.layout),))
-    hidden, _ = model(alone._replace(targets=None), objective.reads(alone.block, config))
-    _, target = objective.views(hidden, alone.block, config)
+    hidden, _ = model(alone._replace(targets=None), objective.reads(alone, config))
+    _, target = objective.views(hidden, alone, config)
     everywhere = model.everywhere(alone.idx, alone.block)
-    _, want = objective.views(everywhere, alone.block, config)
+    _, want = objective.views(everywhere, alone, config)
     assert torch.isfinite(target).all()
     torch.testing.assert_close(target, want, rtol=1e-4, atol=1e-5)
 
@@ -107,11 +107,11 @@ def test_reads_cover_the_target_in_a_row_of_its_own(layout, pooling, bpe):
 def test_no_position_is_read_that_the_views_do_not_need(bpe):
     """Reading the last tokens of the blocks keeps most positions out of the last layer."""
     pairs = pairs_of(bpe)
-    block = pairs.pack(np.arange(9), pairs.layout.row).block
-    read = OBJECTIVES["pair"].reads(block, pairs.config)
-    assert torch.equal(read, block_ends(block)) and read.float().mean() < 0.2
+    batch = pairs.pack(np.arange(9), pairs.layout.row)
+    read = OBJECTIVES["pair"].reads(batch, pairs.config)
+    assert torch.equal(read, block_ends(batch.block)) and read.float().mean() < 0.2
     mean = Config(pooling="mean")
-    assert OBJECTIVES["pair"].reads(block, mean).all()
+    assert OBJECTIVES["pair"].reads(batch, mean).all()
 
 
 def test_pair_has_the_rows_and_the_target_of_the_layout():
@@ -132,9 +132,8 @@ def by_every_reader(pairs, model, monkeypatch):
     found = {}
     t = train.Training(pairs, model, model, None, None, contextlib.nullcontext, Processes())
     micro = train.plan(t, 0, 0)
-    block = micro.batch.block
-    hidden, _ = model(micro.batch, OBJECTIVES[config.objective].reads(block, config))
-    views = train.pred_and_target(t, micro, hidden, block)
+    hidden, _ = model(micro.batch, OBJECTIVES[config.objective].reads(micro.batch, config))
+    views = train.pred_and_target(t, micro, hidden, micro.batch)
     order = np.argsort(pairs.batch(0)[micro.has_jepa])
     found["training"] = [view.detach()[order] for view in views]
     _, *found["embed_pairs"] = alignment.embed_pairs(model, pairs, n, contextlib.nullcontext)
@@ -160,7 +159,7 @@ def assert_close(got, want, name):
 @pytest.mark.parametrize("options", [
     {}, {"n_pred": 0}, {"n_pred": 3}, {"pooling": "mean"}, {"labels": "all"}, {"stop_grad": True},
     {"stop_grad": True, "pooling": "mean"}, {"layout": "isolated", "stop_grad": True},
-    *({"layout": layout} for layout in LAYOUTS[1:]),
+    *({"layout": layout} for layout in LAYOUTS[1:]), {"objective": "tube_two_views", "n_pred": 0},
 ], ids=lambda options: "-".join(map(str, options.values())) or "defaults")  # fmt: skip
 def test_all_that_read_embeddings_read_the_same(options, bpe, monkeypatch):
     pairs = pairs_of(bpe, n=19, **options)  # two batches of held-out pairs
@@ -175,10 +174,12 @@ def test_all_that_read_embeddings_read_the_same(options, bpe, monkeypatch):
 
 def test_an_objective_of_ones_own_is_a_row_of_the_table(bpe, monkeypatch):
     """Pred from where the answer begins, the target from where it ends: nobody reads elsewhere."""
-    def reads(block, config):
+    def reads(batch, config):
+        block = batch.block
         return (block == CODE) & (block.roll(1, 1) != CODE) | block_ends(block) & (block == CODE)
 
-    def views(hidden, block, config):
+    def views(hidden, batch, config):
+        block = batch.block
         rows = torch.arange(len(block))
         last = block.size(1) - 1 - (block == CODE).flip(1).int().argmax(1)
         return hidden[rows, (block == CODE).int().argmax(1)], hidden[rows, last]

@@ -318,8 +318,8 @@ def test_a_step_takes_no_equal_answer_for_a_wrong_one(review_run, options):
     answers = [pairs.view(example, CODE) for example in examples]
     assert len({tuple(answer) for answer in answers}) == 2 < len(answers)
     batch = micro.batch
-    read = train.OBJECTIVES["pair"].reads(batch.block, pairs.config)
-    pred, target = train.pred_and_target(t, micro, model(batch, read)[0], batch.block)
+    read = train.OBJECTIVES["pair"].reads(batch, pairs.config)
+    pred, target = train.pred_and_target(t, micro, model(batch, read)[0], batch)
     cosine = F.cosine_similarity(pred[:, None], target[None], dim=-1).tolist()
     squares, terms = [], []
     for i, answer in enumerate(answers):
@@ -425,6 +425,7 @@ def timeless(record):
     {}, {"jepa_weight": 0}, {"stop_grad": True}, {"pooling": "mean"}, {"bias": True, "n_pred": 0},
     {"gradient_accumulation_steps": 3, "labels": "all"}, {"layout": "plan", "n_pred": 2},
     {"jepa_dropout": 0.5, "jepa_dropout_per": "example", "n_layer": 1},
+    {"objective": "tube", "n_pred": 0}, {"objective": "tube_printed", "n_pred": 0},
 ])  # fmt: skip
 def test_the_operations_of_a_step_are_those_that_torch_counts(options, tiny_run):
     """Without the (B, B) products of a spread term, which are nothing beside the model's."""

@@ -46,6 +46,33 @@ ISOLATED = """
   five     a  . . . . . . . 1 .     0  <eot>
   <eot>    a  . . . . . . . 1 1     1  Enc is read here
 """
+TUBE = """
+  two      q  1 . . . . . .     0        -rest
+  plus     q  1 1 . . . . .     1        -patch +rest
+  three    q  1 1 1 . . . .     2
+  ?        q  1 1 1 1 . . .     3        +patch
+  <sep>    q  1 1 1 1 1 . .     4  five  -rest
+  five     a  1 1 1 1 1 1 .     5  <eot> +rest
+  <eot>    a  1 1 1 1 1 1 1     6
+"""
+OVER = """
+  two      q  1 . . . . . .     0        -rest
+  plus     q  1 1 . . . . .     1        -patch +rest
+  three    q  1 1 1 . . . .     2
+  ?        q  1 1 1 1 . . .     3        +patch
+  <sep>    q  1 1 1 1 1 . .     4  five  -patch
+  five     a  1 1 1 1 1 1 .     5  <eot> +patch
+  <eot>    a  1 1 1 1 1 1 1     6
+"""
+TWO_VIEWS = """
+  two      q  1 . . . . . .     0        -patch
+  plus     q  1 1 . . . . .     1
+  three    q  1 1 1 . . . .     2
+  ?        q  1 1 1 1 . . .     3        +patch
+  <sep>    q  1 1 1 1 1 . .     4  five  -rest
+  five     a  1 1 1 1 1 1 .     5  <eot> +rest
+  <eot>    a  1 1 1 1 1 1 1     6
+"""
 
 
 @pytest.fixture
@@ -61,6 +88,9 @@ def here(tmp_path, monkeypatch):
     (["--labels=all"], TREE.replace("0\n  plus", "0  plus\n  plus").replace("1\n  three", (
         "1  three\n  three")).replace("2\n  ?", "2  ?\n  ?").replace("3\n  <sep>", (
             "3  <sep>\n  <sep>"))),
+    (["--objective=tube", "--n_pred=0", "--seed=1"], TUBE),
+    (["--objective=tube", "--n_pred=0", "--seed=9"], OVER),
+    (["--objective=tube_two_views", "--n_pred=0"], TWO_VIEWS),
 ])  # fmt: skip
 def test_the_text_equals_the_one_drawn_by_hand(options, drawing, here, monkeypatch, capsys):
     shown = []

@@ -1,0 +1,1 @@
+"""Objectives beside the paper's own: which hidden states belong together (the door is jepa.py)."""
