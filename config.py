@@ -69,7 +69,7 @@ class Config:
     dropout: float = 0.0  # on the embeddings and the residual branches
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
     # objective: ce_weight * CE + jepa_weight * d(Pred(text), Enc(code)) + spread_weight * R
-    objective: str = "pair"  # pair | tube, tube_printed, tube_two_views: what belongs together
+    objective: str = "pair"  # pair | tube, tube_printed, tube_two_views | bag: what is paired
     layout: str = "tree"  # tree | isolated | plan | reverse | front: the blocks of a row
     ce_weight: float = 1.0  # γ, weight of the cross-entropy
     jepa_dropout_per: str = "batch"  # batch (whole steps) | example
@@ -117,7 +117,7 @@ CHOICES = {
     "views": ("pairs", "steps", "steps_random", "split", "facts"),
     "system_prompt": ("keep", "drop"),
     "jepa_dropout_per": ("batch", "example"),
-    "objective": ("pair", "tube", "tube_printed", "tube_two_views"),
+    "objective": ("pair", "tube", "tube_printed", "tube_two_views", "bag"),
     "layout": ("tree", "isolated", "plan", "reverse", "front"),
     "pooling": ("last", "mean"),
     "jepa_loss": ("cosine", "l2", "mse", "infonce"),

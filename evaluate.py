@@ -204,6 +204,7 @@ def questions_of(run: Run, args: Args) -> Questions:
         known = questions_in_train(rows, relocated(run.config, args.data_dir))
         print(f"{known} of {len(rows)} questions of {args.file} are in train")
         pairs, _ = tokenize(rows[:], run.tokenizer, run.config)
+        pairs.idf = data.pairs["train"].idf
         n, digest = len(rows), rows.sha256
     elif args.split not in data.pairs:
         fail(f"{data.provenance['source']} has no {args.split} split; --split=val, or --file=...")

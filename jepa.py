@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from config import Config
 from model import Batch, block_ends, read_hidden
-from objectives import tube
+from objectives import bag, tube
 from plumbing.spreads import sigreg, variance_covariance
 from views import Layout, Pairs, layout_of
 
@@ -67,6 +67,7 @@ OBJECTIVES = {
     "pair": Objective(lambda layout: layout.row, pair_reads, pair, lambda layout: layout.enc),
     **dict.fromkeys(tube.SIGNS, Objective(
         lambda layout: layout.plain, tube.reads, tube.views, lambda layout: None, tube.drawn)),
+    "bag": Objective(bag.row, pair_reads, bag.views, lambda layout: None, bag.bags),
 }  # fmt: skip
 
 

@@ -93,6 +93,8 @@ def reads_of(pairs: Pairs, example: int, block: list[int]) -> list[str]:
     for name, which in (("Pred", layout.pred), ("Enc", layout.enc)):
         mean = config.pooling == "mean" and name == "Enc"
         what = f"{name} is the mean of this block" if mean else f"{name} is read here"
+        if config.objective == "bag" and name == "Enc":
+            which, what = CODE, "its tokens are to be foreseen"
         if which in block:
             reads[len(block) - 1 - block[::-1].index(which)] += what
     return reads

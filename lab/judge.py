@@ -69,7 +69,7 @@ def judged(trunk: Trunk, pairs: Pairs, examples, answers) -> tuple[torch.Tensor,
         system = target[: len(target) - len(code)]
         rows.append(Example(text, len(text), ids, system + ids, tuple(pairs.framing[example])))
     config = replace(pairs.config, labels="answer")
-    candidates = Pairs(*stacked(rows, config), config, pairs.vocab_size)
+    candidates = Pairs(*stacked(rows, config), config, pairs.vocab_size, idf=pairs.idf)
     objective, rng = OBJECTIVES[config.objective], np.random.default_rng(0)
     log_p, cosine = torch.empty(2, len(rows)).unbind()
     for at in np.array_split(np.arange(len(rows)), -(-len(rows) // 16)):

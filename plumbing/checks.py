@@ -71,12 +71,18 @@ def check_data(config: Any) -> None:
 
 def check_objective(config: Any) -> None:
     """What goes with which loss and tree of blocks."""
-    if config.objective.startswith("tube"):
-        for key, only in (("n_pred", 0), ("layout", "tree"), ("views", "pairs"),
-                          ("pooling", "last"), ("stop_grad", False), ("ema", 0.0)):
-            if (value := getattr(config, key)) != only:
-                fail(f"{key}={value}: objective={config.objective} goes with {key}={only}, for it "
-                     "reads single states of question and answer and nothing beside them")
+    single = config.objective.startswith("tube")
+    only = {"n_pred": 0, "layout": "tree", "views": "pairs"} if single else {}
+    if single or config.objective == "bag":
+        only |= {"pooling": "last", "stop_grad": False, "ema": 0.0}
+    for key, value in only.items():
+        if getattr(config, key) != value:
+            why = ("reads single states of question and answer and nothing beside them" if single
+                   else "predicts a bag of tokens, and no hidden state")  # fmt: skip
+            fail(f"{key}={getattr(config, key)}: objective={config.objective} {why}; it goes with "
+                 f"{key}={value}")
+    if config.objective == "bag" and config.layout == "reverse":
+        fail("layout=reverse: objective=bag predicts an answer's tokens, and not a question's")
     if config.layout != "tree" and config.views != "pairs":
         fail(f"layout={config.layout} goes with views=pairs, not {config.views}")
     if config.layout in ("plan", "front") and config.n_pred == 0:

@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
 
 SETTINGS = {"stop_grad=False": [], "stop_grad=True": ["--stop_grad=True"],
             "example": ["--jepa_dropout=0.5", "--jepa_dropout_per=example"],
-            "tube": ["--objective=tube", "--n_pred=0", "--jepa_loss=infonce"]}  # fmt: skip
+            "tube": ["--objective=tube", "--n_pred=0", "--jepa_loss=infonce"],
+            "bag": ["--objective=bag", "--jepa_loss=infonce"]}  # fmt: skip
 # Terms over the gathered batch, examples dropped unevenly, gradients accumulated.
 GATHERED = dict(jepa_loss="infonce", jepa_weight=0.5, spread="cross", spread_weight=0.5,
                 jepa_dropout=0.4, jepa_dropout_per="example",
