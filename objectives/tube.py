@@ -1,11 +1,11 @@
 """Semantic Tube Prediction (arXiv 2602.22617): the states of a row should lie along a line.
 
-The path of a row leads in steps from state to state, through its question and then through its
+The walk of a row leads in steps from state to state, through its question and then through its
 answer, each from the state before its first token; end marks, templates and system prompts are no
-part of it. Where nothing stands before the question, the path begins at its first state. `patch` is
-one stretch of the path and `rest` another, as sums of their steps:
+part of it. Where nothing stands before the question, the walk begins at its first state. `patch` is
+one stretch of the walk and `rest` another, as sums of their steps:
 
-    tube            as released: a random span, and all of the path but that span
+    tube            as released: a random span, and all of the walk but that span
     tube_printed    as printed: from r to s and from s to t, for states r < s < t at random; a step
                     over what stands between question and answer counts too
     tube_two_views  the question, and the answer
@@ -29,7 +29,7 @@ SIGNS = {
 }
 
 
-def path(pairs: Pairs, examples: np.ndarray) -> np.ndarray:
+def walk(pairs: Pairs, examples: np.ndarray) -> np.ndarray:
     """(4, B) columns in rows of question and answer: where the steps of the question begin and end,
     and where those of the answer do.
 
@@ -43,12 +43,12 @@ def path(pairs: Pairs, examples: np.ndarray) -> np.ndarray:
 
 def drawn(pairs: Pairs, examples: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     """(B, n) the columns whose states make patch and rest, see SIGNS."""
-    columns = first, asked, frame, last = path(pairs, examples)
+    columns = first, asked, frame, last = walk(pairs, examples)
     if pairs.config.objective == "tube":
         in_question, in_answer = asked - first, last - frame  # steps
-        n = np.maximum(in_question + in_answer, 2)  # a shorter path carries no term
+        n = np.maximum(in_question + in_answer, 2)  # a shorter walk carries no term
         start = rng.integers(0, n)
-        end = rng.integers(start + 1, n + (start > 0))  # n at most, and never the whole path
+        end = rng.integers(start + 1, n + (start > 0))  # n at most, and never the whole walk
         # What of the span lies in the question, and what in the answer: one may be nothing.
         of_question = [first + np.clip(at, 0, in_question) for at in (start, end)]
         of_answer = [frame + np.clip(at - in_question, 0, in_answer) for at in (start, end)]

@@ -20,7 +20,7 @@ from config import Config, load_config
 from eval_alignment import embed_layers
 from jepa import OBJECTIVES, distance, spread
 from lab.search import rows_of
-from objectives.tube import SIGNS, drawn, path
+from objectives.tube import SIGNS, drawn, walk
 from plumbing.files import read_records
 from plumbing.jsonl import as_pair
 from plumbing.processes import Processes
@@ -34,7 +34,7 @@ TUBE = dict(n_pred=0, jepa_weight=2.0, spread="none", spread_weight=0.0)
 
 # --- where it reads ---------------------------------------------------------------------------
 
-# s is a system prompt or the like, | the separator, . the end mark; the columns of the path:
+# s is a system prompt or the like, | the separator, . the end mark; the columns of the walk:
 DRAWN = [
     # 0 1 2 3 4 5 6
     ("  q q q | a a .", (0, 2, 3, 5)),  # nothing stands before: it begins at the first state
@@ -62,17 +62,17 @@ def by_hand(drawings, **settings):
                  np.array(framing), config, vocab_size=n)  # fmt: skip
 
 
-def test_the_path_is_the_one_drawn_by_hand():
+def test_the_walk_is_the_one_drawn_by_hand():
     pairs = by_hand([drawing for drawing, _ in DRAWN])
-    assert path(pairs, np.arange(4)).T.tolist() == [list(ends) for _, ends in DRAWN]
-    assert path(pairs, np.array([2, 0])).T.tolist() == [list(DRAWN[2][1]), list(DRAWN[0][1])]
+    assert walk(pairs, np.arange(4)).T.tolist() == [list(ends) for _, ends in DRAWN]
+    assert walk(pairs, np.array([2, 0])).T.tolist() == [list(DRAWN[2][1]), list(DRAWN[0][1])]
 
 
 @pytest.mark.parametrize("drawing, _", [DRAWN[0], DRAWN[2], DRAWN[3]])
 def test_a_span_is_drawn_as_released(drawing, _):
-    """start ~ U{0 .. L-1}, end ~ U{start+1 .. L}, the end again where that is the whole path."""
+    """start ~ U{0 .. L-1}, end ~ U{start+1 .. L}, the end again where that is the whole walk."""
     pairs, n = by_hand([drawing]), 4000
-    first, asked, frame, last = path(pairs, np.array([0]))[:, 0]
+    first, asked, frame, last = walk(pairs, np.array([0]))[:, 0]
     L = asked - first + last - frame
     columns = drawn(pairs, np.zeros(n, int), np.random.default_rng(0)).numpy()
     assert (columns[:, :4] == (first, asked, frame, last)).all()
@@ -133,7 +133,7 @@ def test_draws_depend_on_seed_step_and_micro_batch_alone():
 
 
 def steps_of(ends):
-    """The steps of a path, one by one: (column before, column)."""
+    """The steps of a walk, one by one: (column before, column)."""
     first, asked, frame, last = ends
     return [(i - 1, i) for i in (*range(first + 1, asked + 1), *range(frame + 1, last + 1))]
 
@@ -166,7 +166,7 @@ def test_the_views_are_sums_of_single_steps(form):
     batch = batch._replace(given=drawn(pairs, examples, np.random.default_rng(0)))
     hidden = torch.randn(*batch.idx.shape, 32).double().requires_grad_()
     patch, rest = OBJECTIVES[form].views(hidden, batch, pairs.config)
-    ends, kinds = path(pairs, examples).T.tolist(), Counter()
+    ends, kinds = walk(pairs, examples).T.tolist(), Counter()
     wanted = [plain_views(hidden[e], batch.given[e].tolist(), form, ends[e]) for e in examples]
     if form == "tube":
         for of_question, to_question, of_answer, to_answer in batch.given[:, 4:].tolist():
@@ -202,7 +202,7 @@ def test_a_released_span_over_the_questions_end_by_hand():
         assert inside in possible
 
 
-# --- paths that are too short -----------------------------------------------------------------
+# --- walks that are too short -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def rows_by_length(bpe):
     return rows
 
 
-def test_a_path_of_one_step_carries_no_term_and_one_of_two_steps_does(bpe):
+def test_a_walk_of_one_step_carries_no_term_and_one_of_two_steps_does(bpe):
     rows = rows_by_length(bpe)
     carries = {"tube": [0, 1, 1, 1], "tube_printed": [0, 1, 1, 1], "tube_two_views": [0, 0, 1, 1]}
     for form, expected in carries.items():
@@ -235,7 +235,7 @@ def test_a_path_of_one_step_carries_no_term_and_one_of_two_steps_does(bpe):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_with_short_paths_is_finite_and_takes_the_mean_of_the_others(bpe, form):
+def test_a_step_with_short_walks_is_finite_and_takes_the_mean_of_the_others(bpe, form):
     pairs = pairs_of(bpe, rows_by_length(bpe), objective=form)
     torch.manual_seed(0)
     model = make_model(pairs.config, pairs.vocab_size)
@@ -244,7 +244,7 @@ def test_a_step_with_short_paths_is_finite_and_takes_the_mean_of_the_others(bpe,
     batch, examples = train.plan(t, 0, 0).batch, pairs.batch(0)
     hidden = model.everywhere(batch.idx, batch.block)
     losses = []
-    for i, ends in enumerate(path(pairs, examples).T.tolist()):
+    for i, ends in enumerate(walk(pairs, examples).T.tolist()):
         if pairs.has_target(examples)[i]:
             patch, rest = plain_views(hidden[i], batch.given[i].tolist(), form, ends)
             losses.append(1 - F.cosine_similarity(patch, rest, dim=0).item())
@@ -305,7 +305,7 @@ def test_a_padded_batch_equals_rows_alone_in_loss_and_gradients(bpe, options):
     model, given, examples = t.model, train.plan(t, 0, 0).batch.given, pairs.batch(0)
     assert (train.plan(t, 0, 0).batch.block == 0).any()  # there is padding
     views, ce, n_labels = [], 0.0, 0
-    for example, columns, ends in zip(examples, given.tolist(), path(pairs, examples).T.tolist()):
+    for example, columns, ends in zip(examples, given.tolist(), walk(pairs, examples).T.tolist()):
         text, code = pairs.view(example, TEXT), pairs.view(example, CODE)
         idx = torch.tensor([text + code])
         [hidden] = model.everywhere(idx, torch.ones_like(idx))
@@ -340,7 +340,7 @@ def test_the_gradient_runs_through_patch_and_rest(bpe):
 
 
 def test_two_micro_batches_are_one_large_batch(bpe, monkeypatch):
-    """With draws that go by the example alone, and one path that carries no term."""
+    """With draws that go by the example alone, and one walk that carries no term."""
     def given(pairs, examples, rng):
         return torch.cat([drawn(pairs, np.array([e]), np.random.default_rng(e)) for e in examples])
 
