@@ -7,7 +7,6 @@ makes problems in its form, which are never called GSM8K.
 """
 
 import contextlib
-import hashlib
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from config import OWN_FILES, Config, fail
 from generators.regexes import regex_rows
 from generators.relations import facts_of, relation_rows
 from generators.word_problems import word_problem_rows
-from objectives.bag import idf_of
+from objectives.bag import give_idf
 from plumbing import columns as token_columns
 from plumbing.jsonl import (
     SYSTEMS,
@@ -249,9 +248,7 @@ def load_data(config: Config, tokenizer: Tokenizer | None = None) -> Data:
     some = [tokenizer.decode(train.answer(example)) for example in at]
     provenance = {**provenance, **scoring_of(config, some)}
     if config.objective == "bag":
-        idf = idf_of(pairs["train"])
-        pairs = {split: replace(some, idf=idf) for split, some in pairs.items()}
-        provenance["idf_sha256"] = hashlib.sha256(idf.tobytes()).hexdigest()
+        provenance |= give_idf(pairs)
     if config.views not in ("facts", "split"):
         print(f"answers are scored as {provenance['scoring']}: {provenance['scoring_by']}")
     return Data(pairs, tokenizer, provenance, provenance["scoring"])

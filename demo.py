@@ -38,7 +38,7 @@ from views import frames, pred_tokens
 SHOWN = 5  # known answers, and questions to begin with
 # Fields that change nothing at λ = 0.
 OF_JEPA = ("jepa_weight", "jepa_loss", "jepa_dropout", "jepa_dropout_per", "jepa_warmup_iters",
-           "spread", "spread_weight", "stop_grad", "ema")  # fmt: skip
+           "spread", "spread_weight", "stop_grad", "ema", "objective")  # fmt: skip
 
 
 @dataclass(frozen=True)

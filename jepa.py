@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +19,7 @@ from config import Config
 from model import Batch, block_ends, read_hidden
 from objectives import bag, tube
 from plumbing.spreads import sigreg, variance_covariance
-from views import Layout, Pairs, layout_of
+from views import Layout, layout_of
 
 TEMPERATURE = 0.07  # of InfoNCE
 
@@ -37,22 +36,20 @@ class Objective(NamedTuple):
     views: (hidden (B, T, C), batch, config) -> pred and target, (B, C) each.
     target: layout -> the block that target alone is read from, which stop_grad and ema encode in a
         pass of its own; None where there is no such block.
-    given: (pairs, examples (B,), rng) -> what the two need beside the rows, as batch.given: random
-        positions, or a target that is no hidden state; (B, ...).
+    given: (pairs, examples (B,), rng) -> batch.given (B, ...), what the two need beside the rows:
+        random positions, or a target that is no hidden state.
     """
 
     row: Callable[[Layout], tuple[int, ...]]
     reads: Callable[[Batch, Config], torch.Tensor]
     views: Callable[[torch.Tensor, Batch, Config], tuple[torch.Tensor, torch.Tensor]]
     target: Callable[[Layout], int | None]
-    given: Callable[[Pairs, np.ndarray, np.random.Generator], torch.Tensor] = (
-        lambda pairs, examples, rng: torch.empty(len(examples), 0))  # fmt: skip
+    given: Callable = lambda pairs, examples, rng: torch.empty(len(examples), 0)
 
 
 def pair_reads(batch: Batch, config: Config) -> torch.Tensor:
     """The ends of all blocks, [PRED] and target among them; everywhere for a mean."""
-    everywhere = torch.ones_like(batch.block, dtype=torch.bool)
-    return everywhere if config.pooling == "mean" else block_ends(batch.block)
+    return block_ends(batch.block) | (config.pooling == "mean")
 
 
 def pair(hidden: torch.Tensor, batch: Batch, config: Config):

@@ -153,18 +153,17 @@ def pred_and_target(t: Training, micro: MicroBatch, hidden: torch.Tensor, batch:
     """Pred and target of the n examples that carry the JEPA term, (n, C) each, out of the hidden
     states of this process's rows. Terms that compare examples see those of all processes: each
     computes the whole loss, and of its gradient what its own examples cause."""
-    config, views = t.pairs.config, OBJECTIVES[t.pairs.config.objective].views
+    config, objective = t.pairs.config, OBJECTIVES[t.pairs.config.objective]
     has_jepa = torch.from_numpy(micro.has_jepa).to(hidden.device)  # (B,) of all processes
-    pred, target = views(hidden, batch, config)
+    pred, target = objective.views(hidden, batch, config)
     pred = t.processes.gather(pred)[has_jepa]
     if micro.alone is None:
         return pred, t.processes.gather(target)[has_jepa]
     alone = Batch(*(t.processes.mine(x).to(hidden.device) for x in micro.alone[:2]), None)
     # After the row's pass, since autocast keeps the weights that it has cast.
     with torch.no_grad(), t.autocast():
-        read = OBJECTIVES[config.objective].reads(alone, config)
-        hidden, _ = (t.ema or t.model)(alone, read)
-    _, target = views(hidden, alone, config)
+        hidden, _ = (t.ema or t.model)(alone, objective.reads(alone, config))
+    _, target = objective.views(hidden, alone, config)
     return pred, t.processes.gather(target)[: len(pred)]  # without the ones that stand again
 
 

@@ -71,9 +71,8 @@ class Pairs:
     tokens (N,) int32 and is_label (N,) bool: is it to be predicted? starts (n, 3) int64 and lengths
     (n, 3) int32, a column for TEXT, CODE and TARGET each. A TARGET of length 0: no JEPA term.
     question_length (n,): how many of the text's tokens are the question, from which generation
-    starts. framing (n, 2): how many of the text's first and last tokens only stand around it.
-    source_row (n,): the row of its split that each example was made of (see fitting). idf (V,): of
-    the tokens in train's answers, for objective=bag.
+    starts. framing (n, 2): how many of the text's first and last tokens only frame the question.
+    source_row (n,): the row of its split that each was made of (see fitting). idf: see objectives/.
     """
 
     tokens: np.ndarray
@@ -96,10 +95,9 @@ class Pairs:
 
     def take(self, at: np.ndarray) -> "Pairs":
         """The examples at these numbers."""
-        source_row = None if self.source_row is None else self.source_row[at]
-        return replace(self, starts=self.starts[at], lengths=self.lengths[at],
-                       question_length=self.question_length[at], framing=self.framing[at],
-                       source_row=source_row)
+        names = "starts", "lengths", "question_length", "framing", "source_row"
+        columns = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: None if c is None else c[at] for k, c in columns.items()})
 
     def view(self, example: int, block: int) -> list[int]:
         """Tokens of one view of one example: block is TEXT, CODE or TARGET."""
@@ -145,8 +143,7 @@ class Pairs:
         return self.lengths[examples, TARGET - 1] > 0
 
     def groups(self, examples: np.ndarray) -> np.ndarray:
-        """(B,) a number for what Enc reads of each example, equal where its tokens are equal; for
-        objective=bag in whatever order."""
+        """(B,) numbers for what Enc reads, equal where its tokens are (of a bag: in any order)."""
         seen, enc, kept = {}, self.layout.enc, sorted if self.config.objective == "bag" else list
         return np.array([seen.setdefault(tuple(kept(self.view(example, enc))), len(seen))
                          for example in examples], int)  # fmt: skip
@@ -307,10 +304,9 @@ def pair_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[E
     for (before, after, alone), t, c in zip(frames(rows, tokenizer, config), texts, codes):
         text, code = [*before, *t, *after], [*c, tokenizer.eot]
         target = [*alone, *code] if alone else None
-        if config.objective.startswith("tube"):  # which needs two steps from state to state
-            asked = len(t) - (not before)  # of them in the question
-            least = 1 if config.objective == "tube_two_views" else 0
-            target = [] if asked < least or asked + len(c) < 2 else target
+        steps = len(t) - (not before), len(c)  # from state to state, of which the tube needs two
+        few = min(steps) < 1 if config.objective == "tube_two_views" else sum(steps) < 2
+        target = [] if few and config.objective.startswith("tube") else target
         examples.append(Example(text, len(text), code, target, (len(before), len(after))))
     return examples
 

@@ -136,8 +136,8 @@ def rows_of(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The blocks of the two rows from whose ends Pred and Enc are read: of a question alone, and of
     an answer alone. ValueError with a sentence where the run has no such rows."""
     if config.objective != "pair":
-        raise ValueError(f"a run with objective={config.objective} does not predict Enc(answer), so "
-                         "it cannot search")  # fmt: skip
+        raise ValueError(f"a run with objective={config.objective} does not predict Enc(answer), "
+                         "so it cannot search")  # fmt: skip
     layout = layout_of(config)
 
     def path_to(block: int) -> tuple[int, ...]:

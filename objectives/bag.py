@@ -9,6 +9,7 @@ The idf is computed anew from train whenever data is read. Its digest is part of
 with which a resumed run is compared.
 """
 
+import hashlib
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +35,14 @@ def idf_of(train: Pairs) -> np.ndarray:
     tokens = np.unique(example * V + train.tokens[starts[example] + within]) % V  # once an answer
     idf = np.log((1 + len(train)) / (1 + np.bincount(tokens, minlength=V)))
     return idf.round(6)  # machines differ in the last bits of a logarithm
+
+
+def give_idf(pairs: dict[str, Pairs]) -> dict[str, str]:
+    """Put the idf of train into every split; its digest, as provenance."""
+    idf = idf_of(pairs["train"])
+    for split in pairs.values():
+        split.idf = idf
+    return {"idf_sha256": hashlib.sha256(idf.tobytes()).hexdigest()}
 
 
 def bags(pairs: Pairs, examples: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
