@@ -6,7 +6,16 @@ import statistics
 import numpy as np
 import pytest
 
-from plumbing.stats import mcnemar, mean_sd, paired_t, plus_minus, wilson
+from plumbing.stats import (
+    mcnemar,
+    mean_sd,
+    paired_interval,
+    paired_t,
+    plus_minus,
+    smallest_difference,
+    t_quantile,
+    wilson,
+)
 
 
 def test_mean_and_sample_standard_deviation():
@@ -58,3 +67,28 @@ def test_paired_t_gives_the_tables_values(t, n, p):
 def test_equal_differences_need_no_density():
     assert paired_t([0.5, 0.6], [0.5, 0.6]) == 1
     assert paired_t([1.5, 2.5], [0.5, 1.5]) == 0
+
+
+@pytest.mark.parametrize("p, df, t", [
+    (0.975, 4, 2.776445), (0.975, 9, 2.262157), (0.8, 9, 0.883404), (0.995, 4, 4.604095),
+    (0.5, 3, 0.0), (0.975, 1, 12.7062),
+])  # fmt: skip
+def test_quantiles_of_students_distribution_are_the_tables(p, df, t):
+    assert t_quantile(p, df) == pytest.approx(t, abs=1e-4)
+
+
+def test_an_interval_ends_where_the_test_says_five_percent():
+    a, b = [0.71, 0.69, 0.74, 0.70], [0.66, 0.68, 0.67, 0.69]
+    low, high = paired_interval(a, b)
+    assert (low + high) / 2 == pytest.approx(np.subtract(a, b).mean())
+    for end in (low, high):
+        assert paired_t(np.subtract(a, end), b) == pytest.approx(0.05, abs=1e-6)
+
+
+def test_the_smallest_difference_is_noticed_four_times_of_five():
+    rng, n, trials = np.random.default_rng(0), 10, 400
+    noise = rng.normal(size=n)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)  # so that the spread is 1
+    d = smallest_difference(noise, np.zeros(n))
+    noticed = sum(paired_t(rng.normal(d, 1, n), np.zeros(n)) < 0.05 for _ in range(trials))
+    assert 0.73 < noticed / trials < 0.87
