@@ -223,10 +223,9 @@ def train(t: Training, folder: Folder, progress: Progress) -> dict[str, float]:
             measures = evaluate(t, folder, progress)
             if config.jepa_weight and verdict(measures) == "collapsed" and not warned:
                 warned = True
-                print("warning: COLLAPSE. Wrong question/answer pairs score almost the cosine of "
-                      "right ones:\n  the JEPA loss is low because all embeddings point one way. "
-                      "A spread term prevents it:\n  "
-                      "--jepa_weight=0.3 --spread=cross --spread_weight=0.6")
+                print("warning: COLLAPSE. Wrong pairs score almost the cosine of right ones:\n"
+                      "  the JEPA loss is low because all embeddings point one way. A spread term "
+                      "prevents it:\n  --jepa_weight=0.3 --spread=cross --spread_weight=0.6")
             folder.save("ckpt.pt", t, progress, resumable=True)
             plot_losses(folder.path)
         elif folder.first and stopping:

@@ -91,6 +91,8 @@ def main(argv: list[str]) -> None:
         known, parts = {"quick": quick}, ["quick"]
     argv = [arg for arg in argv if not arg.startswith("--parts=") and arg != "--quick"]
     config = load_config(argv)
+    if config.objective != "pair":  # with and without stop_grad, against the official recipe
+        fail(f"objective={config.objective}: what is compared here are the steps of pair")
     device, autocast = pick_device(config.device, config.dtype)
     about, dtype = timing.machine(device), dtype_of(autocast, device)
     if device.type == "cpu" and dtype not in dtypes(device).values():

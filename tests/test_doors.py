@@ -281,4 +281,4 @@ def test_what_training_imports_is_short():
     assert {"plumbing/files.py", "views.py", "generate.py"} <= counted
     plumbing = {file for file in counted if file.startswith("plumbing/")}
     assert lines_of(*(counted - plumbing)) <= 2225  # what a reader of LLM-JEPA reads
-    assert lines_of(*plumbing) <= 2050  # what keeps files, folders and data sound
+    assert lines_of(*plumbing) <= 2065  # what keeps files, folders and data sound

@@ -313,7 +313,9 @@ def weights_of(folder="out/a"):
 
 
 @pytest.mark.parametrize("options", [[], ["--lora_rank=2", "--pred_rate=10"], ["--template=chat"],
-                                     ["--gradient_checkpointing=true", "--stop_grad=true"]])
+                                     ["--gradient_checkpointing=true", "--stop_grad=true"],
+                                     ["--objective=tube", "--n_pred=0", "--template=chat"],
+                                     ["--objective=bag", "--lora_rank=2"]])
 def test_a_run_resumes_bit_for_bit(fine_tune, options):
     fine_tune(*options)
     whole = weights_of()

@@ -307,4 +307,7 @@ def test_what_is_no_report_is_refused(tmp_path, capsys):
     assert "cannot read" in error_line(capsys, bench.main, [str(tmp_path / "none.json")])
     assert "room for 5" in error_line(capsys, bench.main, ["a.json"] * 6)
     assert "one of them" in error_line(capsys, bench.main, ["--quick", "--parts=data"])
+    for objective in ("bag", "tube_printed"):
+        given = ["debug", "--n_pred=0", f"--objective={objective}"]
+        assert f"objective={objective}: what" in error_line(capsys, bench.main, given)
     assert bench_tables.shown(None) == ""
