@@ -10,7 +10,7 @@ from conftest import error_line, sums
 import lab.tube_study as study
 import train
 from lab.sweep import result_of
-from plumbing.files import read_json, read_records
+from plumbing.files import read_json, read_records, sha256_of
 from plumbing.stats import paired_interval
 
 TINY = dict(n_layer=1, n_head=1, n_embd=32, bpe_vocab_size=320, eval_pairs=12, eval_answers=8,
@@ -76,7 +76,8 @@ def test_whole_questions_are_set_aside_and_the_same_ones_in_every_process(small,
     rows = sums(100)
     rows += [{**row, "answer": f"again {row['answer']}"} for row in rows[:30]]  # asked twice
     write_pairs(rows)
-    about = study.set_aside(Path("sums.jsonl"), Path("out/x/sums"))
+    one = study.open_study(study.Options("sums.jsonl", out_dir="out/x"))
+    about = one.found["plan"]["split"]
     found = {split: read_records(Path("out/x") / where) for split, where in (
         ("test", "test.jsonl"), ("val", "sums/val.jsonl"), ("train", "sums/train.jsonl"))}
     assert {split: len(some) for split, some in found.items()} == {
@@ -90,7 +91,9 @@ def test_whole_questions_are_set_aside_and_the_same_ones_in_every_process(small,
     # Keys of questions are other numbers in every process.
     real = study.questions_of
     monkeypatch.setattr(study, "questions_of", lambda rows: real(rows) * np.int64(-7919))
-    assert study.set_aside(Path("sums.jsonl"), Path("out/y/sums")) == about
+    assert study.set_aside(Path("sums.jsonl"))[1] == about
+    assert all(sha256_of(Path("out/x") / where) == about[split]["sha256"] for split, where in (
+        ("test", "test.jsonl"), ("val", "sums/val.jsonl"), ("train", "sums/train.jsonl")))
 
 
 def test_it_runs_stage_by_stage_and_then_only_tells(small, monkeypatch, capsys):
@@ -169,15 +172,16 @@ def test_the_whole_plan(finished, small, capsys, monkeypatch):
     again = capsys.readouterr().out
     assert said[said.index("\n| arm") :] == again[again.index("\n| arm") :]
 
-    # neither with other rows, nor with another plan
+    # neither with other rows, nor with another plan; the test stays what it was
     write_pairs(sums(119))
     assert "other rows (split)" in error_line(capsys, study.main, RUN)
+    assert sha256_of(Path("out/tube-study/test.jsonl")) == plan["split"]["test"]["sha256"]
     write_pairs(sums(120))
     monkeypatch.setattr(study, "SEEDS", range(3))
     assert "another plan or on other rows (seeds)" in error_line(capsys, study.main, RUN)
 
 
-def test_it_goes_on_where_it_was_stopped(small, monkeypatch):
+def test_it_goes_on_where_it_was_stopped(small, monkeypatch, capsys):
     """Between two runs, and between two that are asked the test."""
     real, n_trained = train.main, []
 
@@ -194,6 +198,9 @@ def test_it_goes_on_where_it_was_stopped(small, monkeypatch):
         stop_at(n)
         with pytest.raises(KeyboardInterrupt):
             study.main(RUN)
+        monkeypatch.setattr(study, "SEEDS", range(3))  # the plan was recorded before the first run
+        assert "another plan" in error_line(capsys, study.main, RUN)
+        monkeypatch.setattr(study, "SEEDS", range(2))
     assert "lengths" not in read_json(Path("out/tube-study/results.json"))
     stop_at(99)
     ask, n_asked = study.evaluate, []
@@ -235,7 +242,7 @@ def test_a_run_that_fails_ends_the_stage(small, monkeypatch, capsys):
         (cell.folder.mkdir(parents=True), (cell.folder / "log.txt").write_text("disk full"))
         for cell in cells])  # fmt: skip
     assert "6 runs failed" in error_line(capsys, study.main, ["rates", *RUN])
-    assert not Path("out/tube-study/results.json").exists()
+    assert "rates" not in read_json(Path("out/tube-study/results.json"))
 
 
 @pytest.mark.parametrize("difference, verdict, says", [
