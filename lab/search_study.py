@@ -51,14 +51,17 @@ class Setting(NamedTuple):
     seeds: Sequence[int] = range(3)
 
 
-# A retriever has the loss of JEPA without CE. (On NL-RX its weight is 1; AdamW does not see that.)
-ALONE = dict(ce_weight=0.0, eval_answers=0, jepa_warmup_iters=0)
+# A retriever has InfoNCE alone. Its weight does not matter then: AdamW does not see the gradient's
+# size. On GSM8K it has the best of three rates: at 2e-3 it found .06 of 256, at 5e-4 .23 (one seed,
+# validation; 1e-3 was behind 5e-4 after 300 of the 500 steps).
+ALONE = dict(jepa_loss="infonce", jepa_weight=1.0, spread="none", spread_weight=0.0,
+             jepa_warmup_iters=0, ce_weight=0.0, eval_answers=0)  # fmt: skip
+SLOWER = dict(ALONE, learning_rate=5e-4, min_lr=5e-5)
 SETTINGS = {
-    "nlrx": Setting("nlrx_jepa", BASE, {
-        "λ 0": PLAIN, "JEPA": INFONCE, "retriever": dict(INFONCE, **ALONE, jepa_weight=1.0)}),
-    "gsm8k": Setting("gsm8k_nano", {}, {"λ 0": PLAIN, "JEPA": {}, "retriever": ALONE}),
+    "nlrx": Setting("nlrx_jepa", BASE, {"λ 0": PLAIN, "JEPA": INFONCE, "retriever": ALONE}),
+    "gsm8k": Setting("gsm8k_nano", {}, {"λ 0": PLAIN, "JEPA": {}, "retriever": SLOWER}),
     "smollm2": Setting("smollm2_jepa", {}, {"λ 0": PLAIN, "JEPA": {}, "retriever": ALONE}, (1337,)),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
