@@ -13,6 +13,10 @@ from plumbing.output import stops
 # Tiny matrices: a second thread costs more than it brings, and bit-equality needs a fixed number.
 torch.set_num_threads(1)
 
+# nohup has SIGHUP ignored, in all that it starts; tests send it.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 TINY = [
     "--device=cpu", "--dtype=float32", "--out_dir=out/tiny", "--dataset=word_problems",
     "--tokenizer=bpe", "--bpe_vocab_size=320", "--n_layer=2", "--n_head=2", "--n_embd=32",
