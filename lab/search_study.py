@@ -4,8 +4,8 @@
     python -m lab.search_study nlrx --dataset=pairs.jsonl
     python -m lab.search_study smollm2                          a pretrained model, one seed
 
-Trains λ = 0, JEPA and a retriever (the same network with the JEPA loss alone, ce_weight = 0); the
-same command again skips what is finished. Then each question of the held-out pairs looks for its
+Trains λ = 0, JEPA and a retriever (the same network with InfoNCE alone, ce_weight = 0); the same
+command again skips what is finished. Then each question of the held-out pairs looks for its
 answer among theirs (lab/search.py says what is measured): by [PRED] and Enc, by the last or the
 mean hidden state of both texts, by those after a ridge map that is fitted on train, and by BM25.
 Writes results.json.

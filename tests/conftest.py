@@ -1,5 +1,6 @@
 """What several tests need: a seed, signal handlers put back, data that loads in milliseconds."""
 
+import contextlib
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ import data
 import train
 from plumbing.files import release
 from plumbing.output import stops
+from plumbing.processes import Processes
 
 # Tiny matrices: a second thread costs more than it brings, and bit-equality needs a fixed number.
 torch.set_num_threads(1)
@@ -34,6 +36,26 @@ def own_seed_and_signal_handlers():
     release()  # the folders of its runs
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def training(model, pairs, optimizer=None):
+    """A Training of one process, in float32."""
+    optimizer = optimizer or train.make_optimizer(model, pairs.config)
+    return train.Training(pairs, model, model, None, optimizer, contextlib.nullcontext, Processes())
+
+
+class Gradients:
+    """In an optimizer's place: notes the gradients that it would have used."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, {}
+
+    def step(self):
+        self.seen = {name: p.grad.clone() for name, p in self.model.named_parameters()
+                     if p.grad is not None}  # fmt: skip
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none)
 
 
 def error_line(capsys, function, *args, **kwargs):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, error_line, sums
+from conftest import TINY, Gradients, error_line, sums, training
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -25,7 +25,7 @@ from generate import generate
 from model import GPT, block_ends, read_hidden
 from plumbing.files import read_checkpoint
 from plumbing.plots import plot_losses
-from plumbing.processes import ROOT, Processes, compile_or_not
+from plumbing.processes import ROOT, compile_or_not
 from run import FORMAT, Progress, load_run, make_model, tokenizer_of
 from views import CODE, PRED, TARGET, TEXT
 
@@ -58,26 +58,6 @@ def setup(**options):
     loaded = data.load_data(config)
     torch.manual_seed(config.seed)
     return config, loaded.pairs["train"], make_model(config, loaded.tokenizer.vocab_size)
-
-
-def training(model, pairs, optimizer=None):
-    """A Training of one process, in float32."""
-    optimizer = optimizer or train.make_optimizer(model, pairs.config)
-    return train.Training(pairs, model, model, None, optimizer, contextlib.nullcontext, Processes())
-
-
-class Gradients:
-    """In an optimizer's place: notes the gradients that it would have used."""
-
-    def __init__(self, model):
-        self.model, self.seen = model, {}
-
-    def step(self):
-        self.seen = {name: p.grad.clone() for name, p in self.model.named_parameters()
-                     if p.grad is not None}  # fmt: skip
-
-    def zero_grad(self, set_to_none):
-        self.model.zero_grad(set_to_none)
 
 
 def step_gradients(model, pairs):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_line, sums
+from conftest import error_line, sums, training
 
 import data
 import evaluate
@@ -202,9 +202,7 @@ def test_one_answer_alone_leaves_nothing_to_foresee_and_no_nan(bpe):
     assert torch.equal(target_of(pairs, batch_of(pairs, np.arange(3))), torch.zeros(3, 32))
     torch.manual_seed(0)
     model = make_model(pairs.config, pairs.vocab_size)
-    t = train.Training(pairs, model, model, None, train.make_optimizer(model, pairs.config),
-                       contextlib.nullcontext, Processes())  # fmt: skip
-    assert math.isfinite(train.train_step(t, 0)["grad_norm"])
+    assert math.isfinite(train.train_step(training(model, pairs), 0)["grad_norm"])
 
 
 def test_the_projection_is_the_same_in_every_run_and_keeps_angles():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_line, sums
+from conftest import Gradients, error_line, sums, training
 
 import data
 import evaluate
@@ -239,7 +239,7 @@ def test_a_step_with_short_walks_is_finite_and_takes_the_mean_of_the_others(bpe,
     pairs = pairs_of(bpe, rows_by_length(bpe), objective=form)
     torch.manual_seed(0)
     model = make_model(pairs.config, pairs.vocab_size)
-    t = train.Training(pairs, model, model, None, Held(model), contextlib.nullcontext, Processes())
+    t = training(model, pairs, Gradients(model))
     total = train.train_step(t, 0)
     batch, examples = train.plan(t, 0, 0).batch, pairs.batch(0)
     hidden = model.everywhere(batch.idx, batch.block)
@@ -251,20 +251,6 @@ def test_a_step_with_short_walks_is_finite_and_takes_the_mean_of_the_others(bpe,
     assert len(losses) == (2 if form == "tube_two_views" else 3)
     assert total["jepa"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert math.isfinite(total["grad_norm"])
-
-
-class Held:
-    """In an optimizer's place: the weights stay, the gradients are kept."""
-
-    def __init__(self, model):
-        self.model, self.seen = model, {}
-
-    def step(self):
-        self.seen = {name: p.grad.clone() for name, p in self.model.named_parameters()
-                     if p.grad is not None}  # fmt: skip
-
-    def zero_grad(self, set_to_none):
-        self.model.zero_grad()
 
 
 # --- the step ---------------------------------------------------------------------------------
@@ -281,9 +267,9 @@ def a_step(pairs, step=0):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(5 if p.dim() == 2 else 1)
-    held = Held(model)
-    t = train.Training(pairs, model, model, None, held, contextlib.nullcontext, Processes())
-    return train.train_step(t, step), held.seen, t
+    gradients = Gradients(model)
+    t = training(model, pairs, gradients)
+    return train.train_step(t, step), gradients.seen, t
 
 
 def assert_close(got, want):
