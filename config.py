@@ -64,7 +64,7 @@ class Config:
     labels: str = "answer"  # answer | all: the tokens that cross-entropy is taken on
     views: str = "pairs"  # pairs | steps, steps_random (of the answer) | split (text) | facts
     jepa_split: float = 0.5  # where a block of running text is split; 0 is anywhere
-    system_prompt: str = "keep"  # keep (before both views) | drop
+    system_prompt: str = "keep"  # keep (before both views; with a trunk the text alone) | drop
     # model
     dropout: float = 0.0  # on the embeddings and the residual branches
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
@@ -88,7 +88,7 @@ class Config:
     gradient_checkpointing: bool = False  # compute activations twice, to keep few in memory
     # optimization
     pred_rate: float = 1.0  # learning rate of [PRED], in multiples of the other weights'
-    gradient_accumulation_steps: int = 1  # micro-batches in a step
+    gradient_accumulation_steps: int = 1  # micro-batches in a step; infonce, spread: in each alone
     min_lr: float = 1e-4  # at the end of the decay
     warmup_iters: int = 50  # steps of linear warm-up
     lr_decay_iters: int = 0  # step at which min_lr is reached; 0 means max_iters

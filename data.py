@@ -418,7 +418,8 @@ def together(questions: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 def in_train(rows: dict[str, JsonLines | Listed], given: list[str], config: Config) -> dict:
     """How many rows of the splits that were given ask what train answers, where any does."""
-    counts = {f"{split}_in_train": repeated_questions(rows["train"], rows[split])
+    known = questions_of(rows["train"])
+    counts = {f"{split}_in_train": int(np.isin(questions_of(rows[split]), known).sum())
               for split in given}  # fmt: skip
     for split in given if config.group else ():
         known = np.isin(groups_of(rows[split]), groups_of(rows["train"]))
@@ -426,17 +427,12 @@ def in_train(rows: dict[str, JsonLines | Listed], given: list[str], config: Conf
     return {key: count for key, count in counts.items() if count}
 
 
-def repeated_questions(train: JsonLines | Listed, other: JsonLines | Listed) -> int:
-    """How many rows of `other` ask a question of train, whatever its case and blanks."""
-    return int(np.isin(questions_of(other), questions_of(train)).sum())
-
-
-def questions_in_train(rows: JsonLines | Listed, config: Config) -> int:
-    """How many of these rows, of a file, ask a question that a run with this config trains on.
-    Its data is read once more for that: kept tokens hold no questions."""
+def questions_seen(rows: JsonLines | Listed, config: Config, *splits: str) -> np.ndarray:
+    """(n,) which of these rows, of a file, ask a question of these splits of a config's data. That
+    is read once more for it: kept tokens hold no questions."""
     with contextlib.redirect_stdout(io.StringIO()):  # all of it was said before
-        train = split_rows(config)[0]["train"]
-    return repeated_questions(train, rows)
+        known = split_rows(config)[0]
+    return np.isin(questions_of(rows), np.concatenate([questions_of(known[s]) for s in splits]))
 
 
 def same_split(a: dict, b: dict) -> bool:

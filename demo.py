@@ -80,6 +80,8 @@ def main(argv: list[str]) -> None:
     if args.n_answers < 1 or args.max_new_tokens < 1 or not 0 <= args.pause <= 60:
         fail(f"n_answers={args.n_answers} and max_new_tokens={args.max_new_tokens} must be at "
              f"least 1, and pause={args.pause} from 0 to 60 seconds")
+    if args.field and not args.answers:
+        fail(f"field={args.field} is one of a file of answers; --answers=FILE names it")
     if importlib.util.find_spec("gradio") is None:
         fail("the page needs Gradio: pip install -r requirements-demo.txt")
     port = free_port(args.host, args.port)

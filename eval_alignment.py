@@ -48,8 +48,8 @@ SECOND_TABLE = {
     "linear_r2": ("linear R²", 3), "linear_r2_shuffled": ("shuffled R²", 3),
 }  # fmt: skip
 # Fields that decide what an untrained model scores; beside them the tokenizer and the pairs do.
-COMPARABLE = ("n_layer", "n_head", "n_embd", "n_pred", "bias", "views", "layout", "objective",
-              "pooling", "labels")  # fmt: skip
+COMPARABLE = ("trunk", "n_layer", "n_head", "n_embd", "n_pred", "bias", "views", "layout",
+              "objective", "pooling", "labels", "label_end")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,8 @@ def comparable(run: Run, pairs: Pairs) -> tuple[tuple[str, Any], ...]:
     digest = hashlib.sha256(str([*views, pairs.question_length.tolist()]).encode()).hexdigest()
     tokenizer = f"{run.tokenizer.name}-{run.tokenizer.sha256[:8]}"
     fields = ((key, getattr(run.config, key)) for key in COMPARABLE)
-    return (*fields, ("tokenizer", tokenizer), ("pairs", digest[:8]))
+    base = run.model.about.get("sha256", "") if run.model.about else ""
+    return (*fields, ("weights", base[:8]), ("tokenizer", tokenizer), ("pairs", digest[:8]))
 
 
 def floor_name(alike: tuple, all_of_them: list[tuple]) -> str:
@@ -230,9 +231,11 @@ def measure(run: Run, pairs: Pairs, autocast) -> Measured:
         "name": run.name, "step": run.step,
         "jepa_weight": run.config.jepa_weight if run.step else None,
         "seed": run.config.seed, "ce": ce, **panel, "pairs": verdict(panel),
+        "trained_by": run.provenance["commit"] if run.step else None,
         "layers": {key: [measures[key] for measures in by_layer] for key in keys},
     }  # fmt: skip
-    settings = {**what(run.config), "seed": None, "step": run.step}
+    dtype = run.provenance.get("dtype", run.config.dtype)
+    settings = {**what(run.config), "dtype": dtype, "seed": None, "step": run.step}
     return Measured(numbers, cosines(pred, code), layers[-1], str(settings), groups)
 
 

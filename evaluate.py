@@ -21,11 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from config import CHOICES, fail, parse_args, relocated
-from data import questions_in_train, read_questions
+from data import questions_seen, read_questions
 from generate import SHARES, Asking, answer, longest_answer, share_of
 from plumbing.files import append_lines, read_records, set_aside, write_json, write_lines
 from plumbing.output import Bar
-from plumbing.processes import clock, pick_device, run_main, versions
+from plumbing.processes import clock, dtype_on, pick_device, run_main, versions
 from plumbing.scoring import refuse_no_number
 from plumbing.stats import mcnemar, wilson
 from run import Run, data_of, load_run, runs_newest_first
@@ -201,7 +201,7 @@ def questions_of(run: Run, args: Args) -> Questions:
     data = data_of(run, args.data_dir)
     if args.file:
         rows = read_questions(Path(args.file), run.config)
-        known = questions_in_train(rows, relocated(run.config, args.data_dir))
+        known = questions_seen(rows, relocated(run.config, args.data_dir), "train").sum()
         print(f"{known} of {len(rows)} questions of {args.file} are in train")
         pairs, _ = tokenize(rows[:], run.tokenizer, run.config)
         pairs.idf = data.pairs["train"].idf
@@ -253,8 +253,8 @@ def provenance_of(run: Run, args: Args, questions: Questions) -> dict:
         "n": questions.n, "questions_sha256": questions.sha256,
         "max_new_tokens": questions.max_new_tokens, "score": questions.scoring,
         "samples": args.samples, "temperature": args.temperature, "judge": args.judge,
-        "dtype": args.dtype, "trained": run.provenance, "seed": run.config.seed,
-        "recipe": run.config.recipe, **versions(),
+        "dtype": dtype_on(run.model.device, args.dtype), "trained": run.provenance,
+        "seed": run.config.seed, "recipe": run.config.recipe, **versions(),
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from config import LATER, Config, check, fail, parse_args, relocated, what
 from data import Data, load_data, same_split
 from model import GPT, Trunk
 from plumbing import files
-from plumbing.processes import clock, versions
+from plumbing.processes import clock, dtype_on, versions
 from plumbing.tokenizers import Tokenizer, load_tokenizer
 from plumbing.track import Tracker, start_tracker
 from views import frames, layout_of, pred_tokens
@@ -257,6 +257,7 @@ def read_to_resume(asked: Config, argv: list[str]) -> Resumed:
         f"{key} was {value!r}, is {given[key]!r}" for key, value in what(was).items()
         if given.get(key, value) != value and key not in LATER
         and not (key == "dataset" and Path(given[key]).exists())  # the rows' digests will tell
+        and not (key == "dtype" and given[key] == saved["provenance"].get(key))  # what auto was
     ]  # fmt: skip
     if changed:
         fail(f"{path} cannot be resumed with another config: {'; '.join(changed)}")
@@ -301,8 +302,9 @@ def restore(t, saved: dict[str, Any], data: Data) -> Progress:
     was, now = saved["provenance"]["data"], data.provenance
     # Where it lies may differ; the system prompt is part of the rows, and so of their digest.
     free = ("source", "system", "systems", "dataset", "scoring", "scoring_by", "notes",
-            "val_in_train", "test_in_train")  # fmt: skip
-    changed = [key for key in now if key not in free and was.get(key) != now[key]]
+            "val_in_train")  # fmt: skip
+    changed = [key for key in now if was.get(key) != now[key] and key not in free
+               and not key.startswith("test_")]  # nothing is trained on the test  # fmt: skip
     if changed:
         fail(f"{t.pairs.config.out_dir}/ckpt.pt was trained on other data: {', '.join(changed)} "
              "changed")
@@ -321,11 +323,16 @@ def provenance_of(
     argv: list[str], data: Data, trunk: Trunk, saved: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Of what a run is made; a resumed one also says whose code took the steps before."""
-    provenance = {"data": data.provenance, **versions(), "command": shlex.join(argv)}
+    dtype = dtype_on(trunk.device, data.pairs["train"].config.dtype)
+    provenance = {"data": data.provenance, **versions(), "device": trunk.device.type,
+                  "dtype": dtype, "command": shlex.join(argv)}  # fmt: skip
     if trunk.about:
         provenance["trunk"] = {k: v for k, v in trunk.about.items() if k != "config"}
     if saved:
         was = saved["provenance"]
+        if was.get("dtype", dtype) != dtype:
+            print(f"note: the run was trained in {was['dtype']} so far and goes on in {dtype}; "
+                  f"--dtype={was['dtype']} keeps what it was")  # fmt: skip
         earlier_run = {key: was[key] for key in was if key not in ("data", "earlier")}
         provenance["earlier"] = [*was.get("earlier", []),
                                  {"until_step": saved["step"], **earlier_run}]  # fmt: skip

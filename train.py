@@ -74,7 +74,8 @@ def train_step(t: Training, step: int) -> dict[str, float]:
 
     micro_batches = [plan(t, step, micro) for micro in range(config.gradient_accumulation_steps)]
     # Means are over all labels and all JEPA examples of the step, not of a micro-batch: several
-    # micro-batches then give the gradient of one large batch, for both losses alike.
+    # micro-batches then give the gradient of one large batch, but where the examples of a batch are
+    # compared with each other (infonce, a spread term): those are compared in each alone.
     n_labels = sum((micro.batch.targets != -1).sum().item() for micro in micro_batches)
     n_jepa = sum(micro.has_jepa.sum() for micro in micro_batches)
     total = dict(ce=0.0, jepa=0.0, spread=0.0)

@@ -22,6 +22,7 @@ from plumbing.tokenizers import Tokenizer
 
 # Blocks by number. TEXT, CODE and TARGET are views of an example; AGAIN is the text once more.
 TEXT, CODE, TARGET, PRED, AGAIN = 1, 2, 3, 4, 5
+DRAWS = 1337  # seed of what is drawn when views are made: the same pairs for every seed of a run
 
 
 class Layout(NamedTuple):
@@ -336,7 +337,7 @@ def step_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[E
         has_pair.append(n_pairs > 0)
         chosen = 0
         if config.views == "steps_random" and n_pairs > 0:
-            chosen = int(np.random.default_rng((config.seed, number)).integers(n_pairs))
+            chosen = int(np.random.default_rng((DRAWS, number)).integers(n_pairs))
         known, following = steps[: chosen + 1], steps[chosen + 1 : chosen + 2]
         rest = row["code"][len("".join(known)) :]
         pieces += [row["text"], "".join(known), rest, "".join(following).rstrip("\n")]
@@ -377,7 +378,7 @@ def split_views(rows, tokenizer: Tokenizer, config: Config, first: int) -> list[
     examples = []
     for begin in range(0, len(ids) - 1, config.block_size):
         block = ids[begin : begin + config.block_size]
-        rng = np.random.default_rng((config.seed, begin))
+        rng = np.random.default_rng((DRAWS, begin))
         share = config.jepa_split or rng.random()
         cut = min(max(1, round(share * len(block))), len(block) - 1)
         examples.append(Example(block[:cut], cut, block[cut:]))

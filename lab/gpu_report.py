@@ -1,4 +1,4 @@
-"""What one CUDA GPU makes of this project, in under nine minutes.
+"""What one CUDA GPU makes of this project; meant to take under nine minutes.
 
     python -m lab.gpu_report [--budget=170] [--out_dir=out] [--trunk=...]
 

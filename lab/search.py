@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from config import Config, fail, parse_args, relocated
-from data import Data, questions_in_train, read_questions
+from data import Data, questions_seen, read_questions
 from model import read_hidden
 from plumbing.files import sha256_of, write_folder, write_json
 from plumbing.output import Bar
@@ -296,7 +296,7 @@ def held_out(run: Run, args: Args) -> tuple[Pairs, str, int]:
     long ones were left out."""
     if args.answers:
         rows = read_questions(Path(args.answers), run.config)
-        known = questions_in_train(rows, relocated(run.config, args.data_dir))
+        known = questions_seen(rows, relocated(run.config, args.data_dir), "train").sum()
         print(f"{known} of {len(rows)} questions of {args.answers} are in train")
         return tokenize(rows[:], run.tokenizer, run.config)[0], args.answers, len(rows)
     return last_split(data_of(run, args.data_dir))

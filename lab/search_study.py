@@ -86,9 +86,12 @@ def main(argv: list[str]) -> None:
     refuse(next(iter(cells.values())).config)
     n_failed = train_cells(list(cells.values()), jobs)
     finished = {at: cell for at, cell in cells.items() if result_of(cell)}
-    if not finished:
-        fail("no run is finished")
-    found, about = search_all(finished)
+    whole = [arm for arm in setting.arms if all((arm, seed) in finished for seed in setting.seeds)]
+    for arm in setting.arms.keys() - {*whole}:
+        print(f"{arm} is left out: not all of its seeds are finished")
+    if not whole:
+        fail("no arm is finished")
+    found, about = search_all({at: cell for at, cell in finished.items() if at[0] in whole})
     about |= {"setting": names[0], "command": shlex.join(argv), **versions()}
     print("\n".join(table(found, about)))
     write_json(folder / "results.json", {"found": found, "provenance": about})
@@ -181,14 +184,19 @@ def bm25_ranks(run: Run, pairs: Pairs, answers: Pairs, own: np.ndarray) -> np.nd
     signs in lower case; ties count against it, and so does an answer that shares no word."""
     import bm25s
 
-    def words(pairs: Pairs, view) -> list[list[str]]:
-        texts = (run.tokenizer.decode(view(pairs, example)) for example in range(len(pairs)))
+    def words(pairs: Pairs, part) -> list[list[str]]:
+        texts = (run.tokenizer.decode(part(pairs, example)) for example in range(len(pairs)))
         return [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
+
+    def question(pairs: Pairs, example: int) -> list[int]:  # without template and system prompt
+        before, after = pairs.framing[example]
+        ids = pairs.question(example)
+        return ids[before : len(ids) - after]
 
     index = bm25s.BM25()
     index.index(words(answers, Pairs.answer), show_progress=False)
     ranks = np.full(len(pairs), len(answers))
-    for row, query in enumerate(words(pairs, Pairs.question)):
+    for row, query in enumerate(words(pairs, question)):
         if shared := [word for word in query if word in index.vocab_dict]:
             scores = index.get_scores(shared)
             ranks[row] = (scores >= scores[own[row]]).sum()

@@ -16,19 +16,18 @@ as in evaluate.py.
 import json
 import shlex
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import OWN_FILES, Config, fail, find_recipe, parse_args
-from data import load_data, read_questions
+from config import Config, fail, find_recipe, parse_args
+from data import files_of, load_data, questions_seen, read_questions
 from evaluate import Args, evaluate
 from generate import SHARES
 from lab.arms import BASE, RECIPE, STAGES, Stage
-from lab.sweep import Cell, each_once, make_arm_cell, result_of, train_cells
+from lab.sweep import Cell, each_once, make_arm_cell, result_of, train_cells, warn_of_dtypes
 from plumbing.files import read_records, write_figure, write_json, write_lines
 from plumbing.jsonl import row_of
 from plumbing.processes import pick_device, run_main
@@ -52,7 +51,7 @@ Results = dict[str, dict[str, list[list[float]]]]  # arm -> figure -> a curve pe
 class Options(Config):
     # of the study; beside them any field that python train.py --help lists
     jobs: int = 1  # runs to train at a time
-    ask: str = ""  # val | test | a .jsonl of pairs: what to answer after training
+    ask: str = ""  # val | test | a file of pairs: what to answer after training
     samples: int = 0  # as in evaluate.py
     judge: float = 0.0  # as in evaluate.py
 
@@ -96,11 +95,11 @@ def parse(argv: list[str]) -> Plan:
     choosing = {key: given.pop(key) for key in ("samples", "judge") if key in given}
     if jobs < 1:
         fail(f"jobs={jobs} must be at least 1")
-    args = Args(score=given.get("score", "regex"), **choosing)
+    args = Args(**choosing)
     if args.samples and not asked:
         fail(f"samples={args.samples} answers to what? --ask=val, test or a file of pairs")
     config = Config(**{**BASE, **given})
-    if asked == "test" and config.dataset.endswith(OWN_FILES):
+    if asked == "test" and (files := files_of(config)) and "test" not in files:
         fail(f"ask=test: {config.dataset} has no test split; --ask=questions.jsonl asks a file")
     if asked in ("val", "test"):
         args = replace(args, split=asked)
@@ -134,6 +133,7 @@ def collect(plan: Plan, cells: Cells) -> Results:
     if len({result["data_sha256"] for result in finished.values()}) > 1:
         fail(f"the runs in {plan.folder} were trained on different data: with another --out_dir "
              "these are trained anew")
+    warn_of_dtypes(finished.values())
     results = {}
     for arm in plan.stage.arms:
         if all((arm, seed) in finished for seed in plan.stage.seeds):
@@ -161,7 +161,8 @@ def write_results(plan: Plan, cells: Cells, results: Results, command: str) -> N
     first = cells[next(iter(results)), seeds[0]]
     made = json.loads((first.folder / "config.json").read_text())
     provenance = {
-        **made["provenance"], "commit": each_once(finished_of(cells).values(), "commit"),
+        **made["provenance"],
+        **{key: each_once(finished_of(cells).values(), key) for key in ("commit", "dtype")},
         "recipe": RECIPE, "command": command, "base": {**BASE, **plan.given}, "seeds": [*seeds],
     }  # fmt: skip
     content = {"provenance": provenance, "arms": results, "options": plan.stage.arms}
@@ -179,13 +180,18 @@ def answers_table(results: Results, reference: str) -> list[str]:
     expected = at_end(results[reference])["val_exact"] if reference in results else []
     for arm, curves in results.items():
         end = at_end(curves)
-        midway = [curve[len(curve) // 2 - 1] for curve in curves["val_exact"]]
+        midway = [exact[nearest_to_half(steps)]
+                  for exact, steps in zip(curves["val_exact"], curves["step"])]
         p = "" if arm == reference else shown_p(end["val_exact"], expected)
         lines.append(
             f"| {arm} | {statistics.fmean(end['flops']) / 1e12:.1f} | {shown(midway, 3)} | "
             f"{shown(end['val_exact'], 3)} | {p} | {shown(end['val_prefix'], 3)} | "
             f"{shown(end['val_stopped'], 3)} |")  # fmt: skip
     return lines
+
+
+def nearest_to_half(steps: list[int]) -> int:
+    return min(range(len(steps)), key=lambda i: abs(2 * steps[i] - steps[-1]))
 
 
 def panel_table(results: Results) -> list[str]:
@@ -252,23 +258,26 @@ def draw(results: Results, provenance: dict):
 def ask(plan: Plan, runs: dict[str, list[Cell]], reference: str) -> list[str]:
     """A Markdown row per arm: what its models answer right of a split, or of what is new in a file
     of pairs: answers that no model was trained on and no setting was chosen by."""
-    config, args = next(iter(runs.values()))[0].config, plan.args
+    config = next(iter(runs.values()))[0].config
+    args = replace(plan.args, dtype=config.dtype)
     if plan.ask not in ("val", "test"):
-        args = replace(args, file=str(plan.folder / f"new-{Path(plan.ask).name}"))
+        name = Path(plan.ask).name.partition(".")[0]
+        args = replace(args, file=str(plan.folder / f"new-{name}.jsonl"))
         write_lines(Path(args.file), new_questions(Path(plan.ask), config))
     device, autocast = pick_device(config.device, config.dtype)
     summaries = {
         arm: [evaluate(load_run(cell.folder, device), args, autocast)[0] for cell in cells]
         for arm, cells in runs.items()
     }
-    n = next(iter(summaries.values()))[0]["n"]
+    first = next(iter(summaries.values()))[0]
+    keys = [key for key in SHARES if key in first]  # a regex alone has equivalent ones
     drawn = f", best of {args.samples + 1}, judge {args.judge:g}" if args.samples else ""
     seeds = len(next(iter(summaries.values())))  # every arm that is finished has them all
-    lines = [f"| arm, n = {seeds}, on {n} of {plan.ask}{drawn} | {' | '.join(SHARES)} | p |",
-             "|---|" + "---|" * (len(SHARES) + 1)]  # fmt: skip
+    lines = [f"| arm, n = {seeds}, on {first['n']} of {plan.ask}{drawn} | {' | '.join(keys)} | p |",
+             "|---|" + "---|" * (len(keys) + 1)]  # fmt: skip
     expected = [summary["exact"] for summary in summaries.get(reference, [])]
     for arm, of_seeds in summaries.items():
-        shares = {key: [summary[key] for summary in of_seeds] for key in SHARES}
+        shares = {key: [summary[key] for summary in of_seeds] for key in keys}
         told = " | ".join(shown(values, 3) for values in shares.values())
         p = "" if arm == reference else shown_p(shares["exact"], expected)
         lines.append(f"| {arm} | {told} | {p} |")
@@ -277,19 +286,18 @@ def ask(plan: Plan, runs: dict[str, list[Cell]], reference: str) -> list[str]:
 
 def new_questions(path: Path, config: Config) -> list[dict]:
     """The first pairs of a file of which neither question nor answer is in train or validation, as
-    rows. Both are compared as they are trained on: of an answer the number alone, perhaps."""
-    data = load_data(config)  # all arms have the same rows
-    decode, rows = data.tokenizer.decode, read_questions(path, config)[:]
-    asked = Pairs(*columns_of(rows, data.tokenizer, config), config, data.tokenizer.vocab_size)
+    rows. Questions are compared as the splits do it. Answers are compared as they are trained on:
+    the number alone, perhaps."""
+    data, rows = load_data(config), read_questions(path, config)  # all arms have the same data
+    asked = Pairs(*columns_of(rows[:], data.tokenizer, config), config, data.tokenizer.vocab_size)
 
-    def all_of(part: Callable[[Pairs, int], list[int]], *splits: Pairs) -> list[str]:
-        return [decode(part(pairs, example)) for pairs in splits for example in range(len(pairs))]
+    def answers_of(pairs: Pairs) -> list[str]:
+        return [data.tokenizer.decode(pairs.answer(example)) for example in range(len(pairs))]
 
-    known = data.pairs["train"], data.pairs["val"]
-    questions, answers = (set(all_of(part, *known)) for part in (Pairs.question, Pairs.answer))
-    new = [row for row, question, answer in zip(
-               rows, all_of(Pairs.question, asked), all_of(Pairs.answer, asked))
-           if question not in questions and answer not in answers]  # fmt: skip
+    seen = questions_seen(rows, config, "train", "val")
+    answers = {answer for split in ("train", "val") for answer in answers_of(data.pairs[split])}
+    new = [row for row, is_seen, answer in zip(rows, seen, answers_of(asked))
+           if not is_seen and answer not in answers]  # fmt: skip
     if not new:
         fail(f"ask={path}: question or answer of each of its {len(rows)} pairs is in train or "
              "validation, so nothing in it is new to the models; python evaluate.py RUN ... "

@@ -2,9 +2,10 @@
 
     python -m lab.sweep gsm8k_nano --n_pred=0,1,2 --jepa_weight=0.5,1,2 --seed=0,1,2 [--jobs=2]
 
-Values with commas make an axis of the grid; a single value holds for every cell. A cell is a
-train.py of its own, in out/sweep-<recipe>/<key=value,...>/ with what it prints in log.txt.
---jobs=N trains N cells at a time, which share the cores; --out_dir=... is the sweep's folder.
+Values with commas make an axis of the grid; a single value holds for every cell, and so does that
+of lora_modules, whose commas are its own. A cell is a train.py of its own, in
+out/sweep-<recipe>/<key=value,...>/ with what it prints in log.txt. --jobs=N trains N cells at a
+time, which share the cores; --out_dir=... is the sweep's folder.
 
 Ctrl-C stops: cells in training save first, a second Ctrl-C does not wait. The same command again
 skips what is finished and resumes what was interrupted; when nothing is left it only writes the
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> None:
         print(f"{made_of}\nwrote {folder / 'results.csv'} and heat.png")
     if len({result["data_sha256"] for result in trained}) > 1:
         print("warning: DIFFERENT DATA. The cells cannot be compared; results.csv has the sha256")
+    warn_of_dtypes(trained)
     if n_failed:
         raise SystemExit(1)
 
@@ -115,7 +117,7 @@ def parse(argv: list[str]) -> tuple[Path, dict[str, list], int]:
         elif not equals or not arg.startswith("--"):
             fail(f"{arg}: options are written --key=value,value,... (--help lists them)")
         else:
-            texts[key] = text.split(",")
+            texts[key] = [text] if key == "lora_modules" else text.split(",")
     if len(recipes) != 1:
         fail(f"one recipe, got {' '.join(recipes) or 'none'}; usage: {USAGE}")
     jobs = ",".join(texts.pop("jobs", ["1"]))
@@ -334,22 +336,31 @@ def result_of(cell: Cell) -> dict[str, Any] | None:
             figures = {**record, "tflop": record["flops"] / 1e12}
             return {
                 **{key: figures[key] for key in FIGURES if key in figures},
-                "commit": commits_of(provenance), "data": provenance["data"]["dataset"],
+                "commit": of_sittings(provenance, "commit"),
+                "dtype": of_sittings({"dtype": cell.config.dtype, **provenance}, "dtype"),
+                "data": provenance["data"]["dataset"],
                 "data_sha256": provenance["data"]["train_sha256"],
             }  # fmt: skip
     return None
 
 
-def commits_of(provenance: dict[str, Any]) -> str:
-    """The commit of a run; one that was resumed by other code has several."""
+def of_sittings(provenance: dict[str, Any], key: str) -> str:
+    """The commit or dtype of a run; one that was resumed by other code, or elsewhere, has
+    several."""
     sittings = [*provenance.get("earlier", []), provenance]
-    return " AND ".join(dict.fromkeys(sitting["commit"] for sitting in sittings))
+    return " AND ".join(dict.fromkeys(sitting[key] for sitting in sittings if key in sitting))
 
 
 def each_once(results: Iterable[dict[str, Any]], key: str, length: int = 99) -> str:
-    """What finished cells have as their data, digests or commits, each once."""
+    """What finished cells have as their data, digests, commits or dtypes, each once."""
     found = {part[:length] for result in results for part in result[key].split(" AND ")}
     return " AND ".join(sorted(found))
+
+
+def warn_of_dtypes(results: Iterable[dict[str, Any]]) -> None:
+    if " AND " in (dtypes := each_once(results, "dtype")):
+        print(f"warning: DIFFERENT DTYPES. Cells were trained in {dtypes}, which alone can move a "
+              "result; --dtype=float32 in a new --out_dir is the same everywhere")  # fmt: skip
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -370,7 +381,7 @@ def refuse_mixed(axes: list[str], trained: list[dict], folder: Path) -> None:
 
 def write_csv(path: Path, axes: list[str], results: list[dict]) -> None:
     """A row per cell; a cell that failed has no figures."""
-    columns = [*axes, *figures_of(results), "commit", "data", "data_sha256"]
+    columns = [*axes, *figures_of(results), "commit", "dtype", "data", "data_sha256"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

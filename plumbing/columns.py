@@ -38,10 +38,7 @@ FIELDS = ("dataset", "tokenizer", "bpe_vocab_size", "answer_view", "labels", "vi
 def fields_of(config: Config) -> SimpleNamespace:
     """The part of a config that kept tokens are made from: who reads another field of it gets an
     AttributeError, and not tokens of another setting."""
-    values = {name: getattr(config, name) for name in FIELDS}
-    if config.views == "steps_random":  # its choices are the seed's
-        values["seed"] = config.seed
-    return SimpleNamespace(**values)
+    return SimpleNamespace(**{name: getattr(config, name) for name in FIELDS})
 
 
 def folder_of(files: dict[str, Path], config: Config, tokenizer: Tokenizer | None) -> Path:

@@ -310,14 +310,6 @@ def owner_of(folder: Path) -> str:
     return ""
 
 
-def release() -> None:
-    """Give all folders back before the process ends."""
-    for lock in HELD.values():
-        if lock is not None:
-            os.close(lock)
-    HELD.clear()
-
-
 def try_lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
     """Lock a file or folder: its open number, or None where nothing can be locked (Windows, some
     network disks). Raises BlockingIOError if another process has it. The lock ends with the

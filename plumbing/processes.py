@@ -75,7 +75,11 @@ def join_processes(device: str) -> Processes:
              "each its own")
     on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= n_gpus:
+            fail(f"process {local + 1} on this machine has no GPU of its own: there are {n_gpus}; "
+                 f"--nproc_per_node={n_gpus}")
+        torch.cuda.set_device(local)
     # The first process evaluates while the others wait for its next step, however long it takes;
     # the default timeout ends a run after 10 or 30 minutes. A process that dies is noticed anyway.
     torch.distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(days=7))
@@ -98,8 +102,7 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
         fail(f"device={device} cannot be used here: {str(error).splitlines()[0][:120]}")
     if dtype not in CHOICES["dtype"]:
         fail(f"dtype={dtype} is not one of {', '.join(CHOICES['dtype'])}")
-    if dtype == "auto":
-        dtype = "bfloat16" if has_bf16(chosen) else "float32"
+    dtype = dtype_on(chosen, dtype)
     keep_memory(chosen)
 
     def autocast():
@@ -110,6 +113,11 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, Any]:
     threads = f", {torch.get_num_threads()} threads" if chosen.type == "cpu" else ""
     print(f"device {chosen} {dtype}{threads}")
     return chosen, autocast
+
+
+def dtype_on(device: torch.device, dtype: str) -> str:
+    """What computes there: for auto bf16, where the device has it."""
+    return dtype if dtype != "auto" else "bfloat16" if has_bf16(device) else "float32"
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -200,6 +208,9 @@ def run_to_a_line(main) -> None:
         raise SystemExit(130) from None
     except OSError as error:  # disk full, no right to write, ...
         fail(str(error))
-    except torch.OutOfMemoryError as error:
-        fail(f"the device ran out of memory, a smaller batch_size needs less: "
-             f"{str(error).splitlines()[0]}")
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in first:  # which is how a CPU says it
+            raise
+        fail(f"the device ran out of memory, a smaller batch_size needs less: {first}")

@@ -580,8 +580,8 @@ def test_questions_of_other_splits_that_are_in_train_are_counted(bpe, capsys):
     assert (p["val_in_train"], p["test_in_train"], p["train_rows"]) == (1, 4, 40)
     asked = data.read_questions(Path("mine/test.jsonl"), replace(config, group="user"))
     capsys.readouterr()
-    assert data.questions_in_train(asked, config) == 4
-    assert data.questions_in_train(asked, replace(config, train_rows=1)) <= 1
+    assert data.questions_seen(asked, config, "train").sum() == 4
+    assert data.questions_seen(asked, replace(config, train_rows=1), "train").sum() <= 1
     assert capsys.readouterr().out == ""
 
 

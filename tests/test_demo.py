@@ -19,14 +19,14 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from conftest import TINY, error_line, sums
+from conftest import TINY, error_line, release, sums
 
 import demo
 import train
 from generate import generate
 from lab import cards
 from lab.search import embed_answers, embed_questions
-from plumbing.files import read_json, release
+from plumbing.files import read_json
 from run import prompt_of
 
 ARGS = demo.Args(device="cpu", dtype="float32", max_new_tokens=12, pause=0.0)
@@ -350,6 +350,7 @@ def test_a_users_mistake_is_one_line(here, capsys, monkeypatch, tmp_path):
     assert "host is empty" in line("--host=") and "host=ää" in line("--host=" + "ä" * 70)
     monkeypatch.chdir(tmp_path)
     assert "no run under out/ yet" in line()
+    assert "--answers=FILE" in line("--field=output")
     gradio_is(None)
     assert "pip install -r requirements-demo.txt" in line()
 

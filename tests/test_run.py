@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import error_line
+from conftest import error_line, release
 
 import data
 import run
@@ -22,6 +22,7 @@ import train
 from config import Config
 from generators.word_problems import word_problems
 from model import block_ends
+from plumbing import processes
 from plumbing.files import read_records, write_checkpoint
 from plumbing.jsonl import as_pair
 from plumbing.processes import run_main
@@ -191,6 +192,36 @@ def test_resuming_on_other_data_is_refused(out, capsys, monkeypatch):
     monkeypatch.setitem(data.GENERATORS, "word_problems", lambda name: other_val)
     assert ": val_sha256 changed" in error_line(capsys, train.main, RESUME)
     assert bytes_of(out) == before
+
+
+def test_a_test_that_comes_later_stops_no_run(out, capsys, monkeypatch):
+    with_test = {**few_rows(), "test": few_rows(seed=1)["val"]}
+    monkeypatch.setitem(data.GENERATORS, "word_problems", lambda name: with_test)
+    train.main([*RESUME, "--max_iters=3"])
+    about = json.loads((out / "default" / "config.json").read_text())["provenance"]
+    assert about["data"]["test_rows"] == 12 and "test_rows" not in about["earlier"][0]
+
+
+def test_a_run_that_goes_on_in_another_dtype_says_so(out, capsys, monkeypatch):
+    args = [arg for arg in ARGS if not arg.startswith(("--dtype", "--out_dir"))]
+
+    def trains(name, bf16, *more):
+        monkeypatch.setattr(processes, "has_bf16", lambda device: bf16)
+        capsys.readouterr()
+        train.main([*args, f"--out_dir=out/{name}", *more])
+        release()
+        about = json.loads((out / name / "config.json").read_text())
+        return capsys.readouterr().out, about["config"]["dtype"], about["provenance"]["dtype"]
+
+    on = "--init_from=resume", "--max_iters=3"
+    assert trains("stays", False)[1:] == trains("leaves", False)[1:] == ("auto", "float32")
+    said, *dtypes = trains("leaves", True, *on)
+    assert "was trained in float32 so far and goes on in bfloat16; --dtype=float32 keeps" in said
+    assert dtypes == ["auto", "bfloat16"]
+    said, *dtypes = trains("stays", True, *on, "--dtype=float32")
+    assert "so far" not in said and dtypes == ["float32", "float32"]
+    line = error_line(capsys, train.main, [*args, "--out_dir=out/stays", *on, "--dtype=bfloat16"])
+    assert "dtype was 'float32', is 'bfloat16'" in line
 
 
 def test_resuming_with_another_tokenizer_is_refused(out, capsys, monkeypatch, bpe):

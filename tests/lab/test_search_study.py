@@ -111,6 +111,8 @@ def test_bm25_is_its_formula(tiny_run):
             scores.append(score)
         assert ranks[example] == sum(s >= scores[own[example]] - 1e-6 for s in scores)
     assert 1 < ranks.mean() < n
+    pairs.framing[:, 0] = pairs.question_length  # all of it is a system prompt, and not asked
+    assert (search_study.bm25_ranks(run, pairs, answers, own) == n).all()
 
 
 def test_it_runs_from_end_to_end_and_picks_up_where_it_was(tmp_path, monkeypatch, capsys):

@@ -76,7 +76,7 @@ def test_a_stage_runs_to_its_tables_and_picks_up_where_it_was(tmp_path, monkeypa
     Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for questions in ("val", "more.jsonl"):
         study.main(["tiny", "--dataset=sums.jsonl", f"--ask={questions}"])
-        table = f"of {questions} | exact | prefix | contains | stopped | equivalent | p |"
+        table = f"of {questions} | exact | prefix | contains | stopped | p |"
         assert table in capsys.readouterr().out
     study.main(["tiny", "--dataset=sums.jsonl", "--ask=val", "--samples=2", "--judge=3"])
     assert "of val, best of 3, judge 3 |" in capsys.readouterr().out
@@ -89,6 +89,9 @@ def test_a_stage_runs_to_its_tables_and_picks_up_where_it_was(tmp_path, monkeypa
     asked = {row["code"] for row in new}
     assert 9 <= len(new) < 129 - 64 - 12 and not known & asked
     assert set(new[0]) == {"text", "code"}
+    Path("some.csv").write_text("question,answer\n9 plus 9000,#### 9009\n")
+    study.main(["tiny", "--dataset=sums.jsonl", "--ask=some.csv"])
+    assert "on 1 of some.csv |" in capsys.readouterr().out
 
     path = folder / "cosine_lambda_1-0" / "config.json"
     made = json.loads(path.read_text())
@@ -149,7 +152,8 @@ def test_training_rows_are_no_new_questions(options, tmp_path, monkeypatch, caps
 def made_up(exact):
     """Results of an arm: `exact` has a curve for each seed."""
     curves = {key: [[0.5 for _ in curve] for curve in exact] for key in study.CURVES + study.PANEL}
-    return {**curves, "val_exact": exact, "flops": [[1e12, 2e12] for _ in exact]}
+    return {**curves, "val_exact": exact, "flops": [[1e12, 2e12] for _ in exact],
+            "step": [[50, 100] for _ in exact]}  # fmt: skip
 
 
 def test_the_answers_table_tests_every_arm_against_the_reference():
@@ -161,6 +165,7 @@ def test_the_answers_table_tests_every_arm_against_the_reference():
     assert reference[:5] == ["λ 0", "2.0", "0.200 ± 0.100", "0.500 ± 0.265", ""]
     p = paired_t([0.5, 0.8, 0.9], [0.3, 0.4, 0.8])
     assert arm[3:5] == ["0.733 ± 0.208", f"{p:.2g}"]
+    assert [study.nearest_to_half(steps) for steps in ([150, 300, 450, 600], [3, 6, 8])] == [1, 0]
     del results["λ 0"]  # where the reference is not finished there is nothing to test against
     assert study.answers_table(results, "λ 0")[2].split("|")[5].strip() == ""
 

@@ -126,6 +126,21 @@ def test_cells_are_the_grid_with_the_last_axis_fastest():
     assert (last.config.max_iters, last.config.stop_grad, last.config.n_layer) == (7, False, 2)
 
 
+def test_layers_for_adapters_are_one_value():
+    argv = ["smollm2_jepa", "--lora_rank=8,16", "--lora_modules=q_proj,v_proj"]
+    assert sweep.parse(argv)[1] == {"lora_rank": [8, 16], "lora_modules": ["q_proj,v_proj"]}
+
+
+def test_cells_of_two_dtypes_are_said(capsys):
+    once = {"commit": "a", "dtype": "float32"}
+    assert sweep.of_sittings({**once, "dtype": "bfloat16", "earlier": [once]}, "dtype") == (
+        "float32 AND bfloat16")  # fmt: skip
+    sweep.warn_of_dtypes([{"dtype": "float32"}] * 2)
+    assert capsys.readouterr().out == ""
+    sweep.warn_of_dtypes([{"dtype": "float32"}, {"dtype": "bfloat16"}])
+    assert "DIFFERENT DTYPES. Cells were trained in bfloat16 AND float32" in capsys.readouterr().out
+
+
 def test_different_values_have_different_names():
     names = [c.folder.name for c in cells_of("debug", "--jepa_weight=1,0.1234567,0.12345671,1e-7")]
     assert names[0] == "jepa_weight=1" and len(set(names)) == 4
@@ -380,7 +395,7 @@ def test_csv_has_a_row_per_cell(trainings):
     sweep.main(["debug", "--jepa_weight=0.5,1", "--seed=0,1", "--max_iters=9"])
     assert list(rows()[0]) == [
         "jepa_weight", "seed", "val_ce", "val_matched", "val_mismatched", "val_retrieval_at_1",
-        "val_effective_rank", "tflop", "seconds", "commit", "data", "data_sha256",
+        "val_effective_rank", "tflop", "seconds", "commit", "dtype", "data", "data_sha256",
     ]  # fmt: skip
     assert {r["tflop"] for r in rows()} == {"0.5"}
     assert [(float(r["jepa_weight"]), int(r["seed"]), float(r["val_ce"])) for r in rows()] == [

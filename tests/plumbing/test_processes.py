@@ -229,6 +229,14 @@ def test_one_gpu_for_all_processes_is_refused(device, of_two, tmp_path, monkeypa
     assert not of_two and not any(tmp_path.iterdir())
 
 
+def test_more_processes_than_gpus_are_refused(of_two, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    line = error_line(capsys, join_processes, "auto")
+    assert "no GPU of its own" in line and "--nproc_per_node=1" in line and not of_two
+
+
 def test_a_long_evaluation_by_the_first_process_outlasts_no_timeout(of_two):
     assert join_processes("cpu") == Processes(0, 2)
     assert of_two["backend"] == "gloo" and of_two["timeout"].days >= 1
@@ -318,6 +326,8 @@ def test_ctrl_c_ends_in_a_line(capsys):
 @pytest.mark.parametrize("error, said", [
     (OSError(28, "No space left on device"), "No space left on device"),
     (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), "a smaller batch_size needs less"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "ran out of memory"),
+    (MemoryError("Unable to allocate 9 TiB"), "ran out of memory"),
 ])  # fmt: skip
 def test_what_is_not_the_script_s_fault_ends_in_a_line(error, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--seed=1"])
@@ -329,11 +339,12 @@ def test_what_is_not_the_script_s_fault_ends_in_a_line(error, said, monkeypatch,
     assert said in error_line(capsys, run_main, main)
 
 
-def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError("shapes"), NotImplementedError])
+def test_a_mistake_in_the_code_keeps_its_traceback(error):
     def main(argv):
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error if isinstance(error, type) else type(error)):
         run_main(main)
 
 
