@@ -134,7 +134,7 @@ def open_study(options: Options) -> Study:
     Nothing is written over those of another one."""
     path, folder = Path(options.dataset), Path(options.out_dir)
     data = folder / path.name.partition(".")[0]
-    splits, split = set_aside(path)
+    splits, split = in_three(path)
     plan = {"arms": ARMS, "base": BASE, "rates": RATES, "rate_steps": RATE_STEPS,
             "rate_seed": RATE_SEED, "lengths": LENGTHS, "seeds": [*SEEDS],
             "fresh_seeds": [*FRESH_SEEDS], "worth": WORTH, "split": split}
@@ -151,7 +151,7 @@ def open_study(options: Options) -> Study:
     return Study(folder, data, options.jobs, found)
 
 
-def set_aside(path: Path) -> tuple[dict[str, list[dict]], dict[str, Any]]:
+def in_three(path: Path) -> tuple[dict[str, list[dict]], dict[str, Any]]:
     """The file's rows as test, val and train: whole questions, in an order of chance; and what they
     are, with digests."""
     rows = read_questions(path, Config())

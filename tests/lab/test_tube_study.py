@@ -91,7 +91,7 @@ def test_whole_questions_are_set_aside_and_the_same_ones_in_every_process(small,
     # Keys of questions are other numbers in every process.
     real = study.questions_of
     monkeypatch.setattr(study, "questions_of", lambda rows: real(rows) * np.int64(-7919))
-    assert study.set_aside(Path("sums.jsonl"))[1] == about
+    assert study.in_three(Path("sums.jsonl"))[1] == about
     assert all(sha256_of(Path("out/x") / where) == about[split]["sha256"] for split, where in (
         ("test", "test.jsonl"), ("val", "sums/val.jsonl"), ("train", "sums/train.jsonl")))
 
