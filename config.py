@@ -88,7 +88,7 @@ class Config:
     gradient_checkpointing: bool = False  # compute activations twice, to keep few in memory
     # optimization
     pred_rate: float = 1.0  # learning rate of [PRED], in multiples of the other weights'
-    gradient_accumulation_steps: int = 1  # micro-batches in a step; infonce, spread: in each alone
+    gradient_accumulation_steps: int = 1  # in a step; infonce and spread look at each alone
     min_lr: float = 1e-4  # at the end of the decay
     warmup_iters: int = 50  # steps of linear warm-up
     lr_decay_iters: int = 0  # step at which min_lr is reached; 0 means max_iters

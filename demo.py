@@ -36,9 +36,9 @@ from run import Run, chosen_run, data_of, load_run, prompt_of
 from views import frames, pred_tokens
 
 SHOWN = 5  # known answers, and questions to begin with
-# Fields that change nothing at λ = 0.
+# Fields that change nothing at λ = 0, and dtype: a run that moved may name what auto was.
 OF_JEPA = ("jepa_weight", "jepa_loss", "jepa_dropout", "jepa_dropout_per", "jepa_warmup_iters",
-           "spread", "spread_weight", "stop_grad", "ema", "objective")  # fmt: skip
+           "spread", "spread_weight", "stop_grad", "ema", "objective", "dtype")  # fmt: skip
 
 
 @dataclass(frozen=True)

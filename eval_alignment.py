@@ -112,6 +112,9 @@ def main(argv: list[str]) -> None:
         if alike not in floors:
             floors[alike] = measure(untrained(run), pairs, autocast), data.provenance
         measured.setdefault(alike, []).append(m)
+    dtypes = {m.numbers["trained_in"]: None for some in measured.values() for m in some}
+    if len(dtypes) > 1:
+        print(f"note: trained in {', '.join(dtypes)}; only seeds of one dtype are averaged")
     comparisons = []
     for alike, some in measured.items():
         # JEPA first, then the baselines, then the floor
@@ -200,8 +203,8 @@ def comparable(run: Run, pairs: Pairs) -> tuple[tuple[str, Any], ...]:
     digest = hashlib.sha256(str([*views, pairs.question_length.tolist()]).encode()).hexdigest()
     tokenizer = f"{run.tokenizer.name}-{run.tokenizer.sha256[:8]}"
     fields = ((key, getattr(run.config, key)) for key in COMPARABLE)
-    base = run.model.about.get("sha256", "") if run.model.about else ""
-    return (*fields, ("weights", base[:8]), ("tokenizer", tokenizer), ("pairs", digest[:8]))
+    base = [("weights", run.model.about["sha256"][:8])] if run.model.about else []
+    return (*fields, *base, ("tokenizer", tokenizer), ("pairs", digest[:8]))
 
 
 def floor_name(alike: tuple, all_of_them: list[tuple]) -> str:
@@ -225,6 +228,8 @@ def measure(run: Run, pairs: Pairs, autocast) -> Measured:
     groups = target_groups(pairs, len(pairs))
     by_layer = [alignment(pred, code, groups) for _, code, pred in layers]
     keys = ("matched", "mismatched", "effective_rank_pred", "effective_rank_target")
+    sittings = [*run.provenance.get("earlier", []), run.provenance]
+    dtypes = [sitting.get("dtype", "unknown") for sitting in sittings]
     text, code, pred = layers[-1]
     panel = collapse_panel(pred, text, code, groups)
     numbers = {
@@ -232,10 +237,10 @@ def measure(run: Run, pairs: Pairs, autocast) -> Measured:
         "jepa_weight": run.config.jepa_weight if run.step else None,
         "seed": run.config.seed, "ce": ce, **panel, "pairs": verdict(panel),
         "trained_by": run.provenance["commit"] if run.step else None,
+        "trained_in": " AND ".join(dict.fromkeys(dtypes)),
         "layers": {key: [measures[key] for measures in by_layer] for key in keys},
     }  # fmt: skip
-    dtype = run.provenance.get("dtype", run.config.dtype)
-    settings = {**what(run.config), "dtype": dtype, "seed": None, "step": run.step}
+    settings = {**what(run.config), "dtype": numbers["trained_in"], "seed": None, "step": run.step}
     return Measured(numbers, cosines(pred, code), layers[-1], str(settings), groups)
 
 

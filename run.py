@@ -253,11 +253,12 @@ def read_to_resume(asked: Config, argv: list[str]) -> Resumed:
              "with another --out_dir it is trained anew")
     was = config_of(saved, path)
     given, recipes = parse_args(Config, argv, "")
+    sittings = [*saved["provenance"].get("earlier", []), saved["provenance"]]
     changed = [
         f"{key} was {value!r}, is {given[key]!r}" for key, value in what(was).items()
         if given.get(key, value) != value and key not in LATER
         and not (key == "dataset" and Path(given[key]).exists())  # the rows' digests will tell
-        and not (key == "dtype" and given[key] == saved["provenance"].get(key))  # what auto was
+        and not (key == "dtype" and given[key] in [some.get(key) for some in sittings])  # auto's
     ]  # fmt: skip
     if changed:
         fail(f"{path} cannot be resumed with another config: {'; '.join(changed)}")
@@ -265,7 +266,6 @@ def read_to_resume(asked: Config, argv: list[str]) -> Resumed:
     config = replace(was, **{**given, "init_from": asked.init_from, "out_dir": asked.out_dir})
     config, notes = keep_schedule(was, relocated(config, folder), "lr_decay_iters" in given)
     check(config)
-    sittings = [*saved["provenance"].get("earlier", []), saved["provenance"]]
     known = {word.lstrip("-").partition("=")[0] for sitting in sittings
              for word in shlex.split(sitting.get("command", ""))} | given.keys()  # fmt: skip
     known |= {"lr_decay_iters"} if "max_iters" in known else set()

@@ -29,7 +29,7 @@ from config import Config, fail, find_recipe, parse_args
 from data import Data
 from lab.arms import BASE, INFONCE, PLAIN
 from lab.search import different_answers, embed, last_split, measures, ranks_of, rows_of
-from lab.sweep import Cell, make_arm_cell, result_of, train_cells
+from lab.sweep import Cell, make_arm_cell, result_of, train_cells, warn_of_dtypes
 from plumbing.files import write_json
 from plumbing.linear_map import ridge
 from plumbing.processes import pick_device, run_main, versions
@@ -88,10 +88,11 @@ def main(argv: list[str]) -> None:
     n_failed = train_cells(list(cells.values()), jobs)
     finished = {at: cell for at, cell in cells.items() if result_of(cell)}
     whole = [arm for arm in setting.arms if all((arm, seed) in finished for seed in setting.seeds)]
-    for arm in setting.arms.keys() - {*whole}:
+    for arm in (arm for arm in setting.arms if arm not in whole):
         print(f"{arm} is left out: not all of its seeds are finished")
     if not whole:
         fail("no arm is finished")
+    warn_of_dtypes(map(result_of, finished.values()))
     found, about = search_all({at: cell for at, cell in finished.items() if at[0] in whole})
     about |= {"setting": names[0], "command": shlex.join(argv), **versions()}
     print("\n".join(table(found, about)))

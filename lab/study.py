@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import Config, fail, find_recipe, parse_args
+from config import CHOICES, Config, fail, find_recipe, parse_args, read_recipe
 from data import files_of, load_data, questions_seen, read_questions
 from evaluate import Args, evaluate
 from generate import SHARES
@@ -54,6 +54,7 @@ class Options(Config):
     ask: str = ""  # val | test | a file of pairs: what to answer after training
     samples: int = 0  # as in evaluate.py
     judge: float = 0.0  # as in evaluate.py
+    ask_score: str = "auto"  # as --score in evaluate.py; regex counts equivalent ones too
 
 
 class Plan(NamedTuple):
@@ -93,12 +94,15 @@ def parse(argv: list[str]) -> Plan:
     [name] = names
     stage, jobs, asked = STAGES[name], given.pop("jobs", 1), given.pop("ask", "")
     choosing = {key: given.pop(key) for key in ("samples", "judge") if key in given}
+    scoring = given.pop("ask_score", "auto")
     if jobs < 1:
         fail(f"jobs={jobs} must be at least 1")
-    args = Args(**choosing)
+    args = Args(score=scoring, **choosing)
+    if scoring not in CHOICES["score"]:
+        fail(f"ask_score={scoring} is not one of {', '.join(CHOICES['score'])}")
     if args.samples and not asked:
         fail(f"samples={args.samples} answers to what? --ask=val, test or a file of pairs")
-    config = Config(**{**BASE, **given})
+    config = Config(**{**read_recipe(find_recipe(RECIPE)), **BASE, **given})
     if asked == "test" and (files := files_of(config)) and "test" not in files:
         fail(f"ask=test: {config.dataset} has no test split; --ask=questions.jsonl asks a file")
     if asked in ("val", "test"):
@@ -162,7 +166,7 @@ def write_results(plan: Plan, cells: Cells, results: Results, command: str) -> N
     made = json.loads((first.folder / "config.json").read_text())
     provenance = {
         **made["provenance"],
-        **{key: each_once(finished_of(cells).values(), key) for key in ("commit", "dtype")},
+        **{key: each_once(finished_of(cells).values(), key) for key in ("commit", "trained_in")},
         "recipe": RECIPE, "command": command, "base": {**BASE, **plan.given}, "seeds": [*seeds],
     }  # fmt: skip
     content = {"provenance": provenance, "arms": results, "options": plan.stage.arms}
@@ -270,7 +274,7 @@ def ask(plan: Plan, runs: dict[str, list[Cell]], reference: str) -> list[str]:
         for arm, cells in runs.items()
     }
     first = next(iter(summaries.values()))[0]
-    keys = [key for key in SHARES if key in first]  # a regex alone has equivalent ones
+    keys = [key for key in SHARES if key in first]  # equivalent is there for regexes alone
     drawn = f", best of {args.samples + 1}, judge {args.judge:g}" if args.samples else ""
     seeds = len(next(iter(summaries.values())))  # every arm that is finished has them all
     lines = [f"| arm, n = {seeds}, on {first['n']} of {plan.ask}{drawn} | {' | '.join(keys)} | p |",

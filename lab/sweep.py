@@ -96,7 +96,8 @@ def main(argv: list[str]) -> None:
         print(f"{made_of}\nwrote {folder / 'results.csv'} and heat.png")
     if len({result["data_sha256"] for result in trained}) > 1:
         print("warning: DIFFERENT DATA. The cells cannot be compared; results.csv has the sha256")
-    warn_of_dtypes(trained)
+    if "dtype" not in axes:
+        warn_of_dtypes(trained)
     if n_failed:
         raise SystemExit(1)
 
@@ -337,7 +338,7 @@ def result_of(cell: Cell) -> dict[str, Any] | None:
             return {
                 **{key: figures[key] for key in FIGURES if key in figures},
                 "commit": of_sittings(provenance, "commit"),
-                "dtype": of_sittings({"dtype": cell.config.dtype, **provenance}, "dtype"),
+                "trained_in": of_sittings(provenance, "dtype"),
                 "data": provenance["data"]["dataset"],
                 "data_sha256": provenance["data"]["train_sha256"],
             }  # fmt: skip
@@ -348,7 +349,7 @@ def of_sittings(provenance: dict[str, Any], key: str) -> str:
     """The commit or dtype of a run; one that was resumed by other code, or elsewhere, has
     several."""
     sittings = [*provenance.get("earlier", []), provenance]
-    return " AND ".join(dict.fromkeys(sitting[key] for sitting in sittings if key in sitting))
+    return " AND ".join(dict.fromkeys(sitting.get(key, "unknown") for sitting in sittings))
 
 
 def each_once(results: Iterable[dict[str, Any]], key: str, length: int = 99) -> str:
@@ -358,9 +359,11 @@ def each_once(results: Iterable[dict[str, Any]], key: str, length: int = 99) -> 
 
 
 def warn_of_dtypes(results: Iterable[dict[str, Any]]) -> None:
-    if " AND " in (dtypes := each_once(results, "dtype")):
-        print(f"warning: DIFFERENT DTYPES. Cells were trained in {dtypes}, which alone can move a "
-              "result; --dtype=float32 in a new --out_dir is the same everywhere")  # fmt: skip
+    dtypes = {*each_once(results, "trained_in").split(" AND ")} - {"unknown"}
+    if len(dtypes) > 1:
+        print(f"warning: DIFFERENT DTYPES. Runs were trained in {' and '.join(sorted(dtypes))}, "
+              "which alone can move a result; --dtype=float32 in a new --out_dir is the same "
+              "everywhere")  # fmt: skip
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -381,7 +384,7 @@ def refuse_mixed(axes: list[str], trained: list[dict], folder: Path) -> None:
 
 def write_csv(path: Path, axes: list[str], results: list[dict]) -> None:
     """A row per cell; a cell that failed has no figures."""
-    columns = [*axes, *figures_of(results), "commit", "dtype", "data", "data_sha256"]
+    columns = [*axes, *figures_of(results), "commit", "trained_in", "data", "data_sha256"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -38,7 +38,7 @@ from config import Config, fail, find_recipe, parse_args
 from data import read_questions, together
 from evaluate import Args, evaluate
 from lab.arms import INFONCE
-from lab.sweep import Cell, each_once, make_cell, result_of, train_cells
+from lab.sweep import Cell, each_once, make_cell, result_of, train_cells, warn_of_dtypes
 from plumbing.files import (
     read_json,
     read_records,
@@ -196,6 +196,7 @@ def trained(study: Study, cells: Cells, may_diverge: bool = False) -> dict[tuple
         missing = [log for log in missing if "a lower learning_rate may" not in log.read_text()]
     if missing:
         fail(f"{len(missing)} runs failed, see {missing[0]}; the same command goes on")
+    warn_of_dtypes(results.values())
     commits = study.found["provenance"]["commits"]
     commits += {*each_once(results.values(), "commit").split(" AND ")} - {*commits}
     return {at: panel_of(cells[at]) for at in results}

@@ -218,6 +218,8 @@ def test_a_run_that_goes_on_in_another_dtype_says_so(out, capsys, monkeypatch):
     said, *dtypes = trains("leaves", True, *on)
     assert "was trained in float32 so far and goes on in bfloat16; --dtype=float32 keeps" in said
     assert dtypes == ["auto", "bfloat16"]
+    back = trains("leaves", True, "--init_from=resume", "--max_iters=4", "--dtype=float32")
+    assert back[1:] == ("float32", "float32")  # the advice can be followed then too
     said, *dtypes = trains("stays", True, *on, "--dtype=float32")
     assert "so far" not in said and dtypes == ["float32", "float32"]
     line = error_line(capsys, train.main, [*args, "--out_dir=out/stays", *on, "--dtype=bfloat16"])

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -139,6 +140,13 @@ def test_it_runs_from_end_to_end_and_picks_up_where_it_was(tmp_path, monkeypatch
     assert again.count("was finished") == 6
     assert first[first.index("| trained") :] == again[again.index("| trained") :]
     assert "| JEPA | [PRED] |" in first and "12 questions of sums, val" in first
+    shutil.rmtree("out/search-nlrx/retriever-1")
+    monkeypatch.setattr(search_study, "train_cells", lambda cells, jobs: 1)  # it fails
+    with pytest.raises(SystemExit):
+        search_study.main(["nlrx", "--dataset=sums.jsonl"])
+    said = capsys.readouterr().out
+    assert "retriever is left out: not all of its seeds are finished" in said
+    assert "| JEPA | [PRED] |" in said and "| retriever |" not in said
 
 
 @pytest.mark.parametrize("argv, says", [

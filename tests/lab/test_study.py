@@ -140,11 +140,12 @@ def test_training_rows_are_no_new_questions(options, tmp_path, monkeypatch, caps
                 for i in numbers]  # fmt: skip
 
     write("known.jsonl", rows(*range(60)))
-    write("more.jsonl", rows(*range(50, 70)))
+    again = {"question": " what is 3  and 3?", "answer": "New.\nTwice.\n#### 77777"}
+    write("more.jsonl", [*rows(*range(50, 70)), again])
     config = Config(dataset="known.jsonl", tokenizer="bpe", bpe_vocab_size=320, **options)
     new = study.new_questions(Path("more.jsonl"), config)
     assert [row["text"] for row in new] == [f"What is {i} and {i}?" for i in range(60, 70)]
-    assert "10 of the 20 pairs of more.jsonl are new" in capsys.readouterr().out
+    assert "10 of the 21 pairs of more.jsonl are new" in capsys.readouterr().out
     assert "nothing in it is new" in error_line(
         capsys, study.new_questions, Path("known.jsonl"), config)  # fmt: skip
 

@@ -133,12 +133,13 @@ def test_layers_for_adapters_are_one_value():
 
 def test_cells_of_two_dtypes_are_said(capsys):
     once = {"commit": "a", "dtype": "float32"}
-    assert sweep.of_sittings({**once, "dtype": "bfloat16", "earlier": [once]}, "dtype") == (
-        "float32 AND bfloat16")  # fmt: skip
-    sweep.warn_of_dtypes([{"dtype": "float32"}] * 2)
+    moved = {**once, "dtype": "bfloat16", "earlier": [once, {"commit": "older"}]}
+    told = sweep.of_sittings(moved, "dtype")
+    assert told == "float32 AND unknown AND bfloat16"
+    sweep.warn_of_dtypes([{"trained_in": "float32"}, {"trained_in": "unknown"}])
     assert capsys.readouterr().out == ""
-    sweep.warn_of_dtypes([{"dtype": "float32"}, {"dtype": "bfloat16"}])
-    assert "DIFFERENT DTYPES. Cells were trained in bfloat16 AND float32" in capsys.readouterr().out
+    sweep.warn_of_dtypes([{"trained_in": "float32"}, {"trained_in": told}])
+    assert "DTYPES. Runs were trained in bfloat16 and float32" in capsys.readouterr().out
 
 
 def test_different_values_have_different_names():
@@ -395,13 +396,29 @@ def test_csv_has_a_row_per_cell(trainings):
     sweep.main(["debug", "--jepa_weight=0.5,1", "--seed=0,1", "--max_iters=9"])
     assert list(rows()[0]) == [
         "jepa_weight", "seed", "val_ce", "val_matched", "val_mismatched", "val_retrieval_at_1",
-        "val_effective_rank", "tflop", "seconds", "commit", "dtype", "data", "data_sha256",
+        "val_effective_rank", "tflop", "seconds", "commit", "trained_in", "data",
+        "data_sha256",
     ]  # fmt: skip
     assert {r["tflop"] for r in rows()} == {"0.5"}
     assert [(float(r["jepa_weight"]), int(r["seed"]), float(r["val_ce"])) for r in rows()] == [
         (0.5, 0, 1 / 3), (0.5, 1, 4 / 3), (1.0, 0, 1 / 3), (1.0, 1, 4 / 3)]  # fmt: skip
-    assert {(r["commit"], r["data"], r["data_sha256"]) for r in rows()} == {
-        ("abc1234", "word_problems", "0" * 64)}  # fmt: skip
+    assert {(r["commit"], r["trained_in"], r["data"], r["data_sha256"]) for r in rows()} == {
+        ("abc1234", "unknown", "word_problems", "0" * 64)}  # fmt: skip
+
+
+def test_cells_of_two_dtypes_are_no_secret(trainings, capsys):
+    sweep.main(["debug", "--seed=0,1", "--max_iters=9"])
+    for folder, dtype in zip(sorted(AT.glob("seed=*")), ("float32", "bfloat16")):
+        about = json.loads((folder / "config.json").read_text())
+        about["provenance"]["dtype"] = dtype
+        (folder / "config.json").write_text(json.dumps(about))
+    capsys.readouterr()
+    sweep.main(["debug", "--seed=0,1", "--max_iters=9"])
+    assert "warning: DIFFERENT DTYPES" in capsys.readouterr().out
+    assert [r["trained_in"] for r in rows()] == ["float32", "bfloat16"]
+    sweep.main(["debug", "--dtype=float32,auto", "--max_iters=9"])  # on purpose
+    assert "DIFFERENT DTYPES" not in capsys.readouterr().out
+    assert [r["dtype"] for r in rows()] == ["float32", "auto"]
 
 
 def test_exact_match_is_a_figure_where_it_was_asked_for(trainings, capsys):
