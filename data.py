@@ -418,12 +418,9 @@ def together(questions: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 def in_train(rows: dict[str, JsonLines | Listed], given: list[str], config: Config) -> dict:
     """How many rows of the splits that were given ask what train answers, where any does."""
-    known = questions_of(rows["train"])
-    counts = {f"{split}_in_train": int(np.isin(questions_of(rows[split]), known).sum())
-              for split in given}  # fmt: skip
-    for split in given if config.group else ():
-        known = np.isin(groups_of(rows[split]), groups_of(rows["train"]))
-        counts[f"{split}_groups_in_train"] = int(known.sum())
+    kinds = {"": questions_of} | ({"_groups": groups_of} if config.group else {})
+    counts = {f"{split}{kind}_in_train": int(np.isin(keys(rows[split]), keys(rows["train"])).sum())
+              for kind, keys in kinds.items() for split in given}  # fmt: skip
     return {key: count for key, count in counts.items() if count}
 
 

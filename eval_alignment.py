@@ -237,7 +237,7 @@ def measure(run: Run, pairs: Pairs, autocast) -> Measured:
         "jepa_weight": run.config.jepa_weight if run.step else None,
         "seed": run.config.seed, "ce": ce, **panel, "pairs": verdict(panel),
         "trained_by": run.provenance["commit"] if run.step else None,
-        "trained_in": " AND ".join(dict.fromkeys(dtypes)),
+        "trained_in": " AND ".join(dict.fromkeys(dtypes)) if run.step else None,
         "layers": {key: [measures[key] for measures in by_layer] for key in keys},
     }  # fmt: skip
     settings = {**what(run.config), "dtype": numbers["trained_in"], "seed": None, "step": run.step}

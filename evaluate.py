@@ -24,6 +24,7 @@ from config import CHOICES, fail, parse_args, relocated
 from data import questions_seen, read_questions
 from generate import SHARES, Asking, answer, longest_answer, share_of
 from plumbing.files import append_lines, read_records, set_aside, write_json, write_lines
+from plumbing.jsonl import JsonLines, Listed
 from plumbing.output import Bar
 from plumbing.processes import clock, dtype_on, pick_device, run_main, versions
 from plumbing.scoring import refuse_no_number
@@ -54,6 +55,8 @@ class Args:
     dtype: str = "auto"  # auto (bfloat16 where the hardware has it) | float32 | bfloat16
 
     def __post_init__(self):
+        if self.score not in CHOICES["score"]:
+            fail(f"score={self.score} is not one of {', '.join(CHOICES['score'])}")
         for key in ("n", "max_new_tokens", "samples", "judge"):
             if getattr(self, key) < 0:
                 fail(f"{key}={getattr(self, key)} must not be below 0")
@@ -69,8 +72,6 @@ def main(argv: list[str]) -> None:
     if args.split not in ("train", "val", "test") or args.batch_size < 1:
         fail(f"split={args.split} must be test, val or train, and batch_size={args.batch_size} "
              "at least 1")
-    if args.score not in CHOICES["score"]:
-        fail(f"score={args.score} is not one of {', '.join(CHOICES['score'])}")
     names += [args.out_dir] if args.out_dir else []
     device, autocast = pick_device(args.device, args.dtype)
     results = []
@@ -200,9 +201,7 @@ def questions_of(run: Run, args: Args) -> Questions:
     """The rows that args name, tokenized for the run."""
     data = data_of(run, args.data_dir)
     if args.file:
-        rows = read_questions(Path(args.file), run.config)
-        known = questions_seen(rows, relocated(run.config, args.data_dir), "train").sum()
-        print(f"{known} of {len(rows)} questions of {args.file} are in train")
+        rows = asked_rows(run, args.file, args.data_dir)
         pairs, _ = tokenize(rows[:], run.tokenizer, run.config)
         pairs.idf = data.pairs["train"].idf
         n, digest = len(rows), rows.sha256
@@ -221,6 +220,14 @@ def questions_of(run: Run, args: Args) -> Questions:
     print(f"{run.name}: scored as {scoring}; answers of at most {limit} tokens (the longest answer "
           f"of train has {known}, of those asked {asked})")
     return Questions(pairs, n, digest, scoring, limit)
+
+
+def asked_rows(run: Run, file: str, data_dir: str) -> JsonLines | Listed:
+    """The rows of a file, read as the run's own; a line says how many it was trained on."""
+    rows = read_questions(Path(file), run.config)
+    known = questions_seen(rows, relocated(run.config, data_dir), "train").sum()
+    print(f"{known} of {len(rows)} questions of {file} are in train")
+    return rows
 
 
 def asked_of(pairs: Pairs, n: int) -> int:

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import Config, fail, parse_args, relocated
-from data import Data, questions_seen, read_questions
+from config import Config, fail, parse_args
+from data import Data, read_questions
+from evaluate import asked_rows
 from model import read_hidden
 from plumbing.files import sha256_of, write_folder, write_json
 from plumbing.output import Bar
@@ -295,9 +296,7 @@ def held_out(run: Run, args: Args) -> tuple[Pairs, str, int]:
     """Pairs that the run was not trained on, their name, and how many there were before the too
     long ones were left out."""
     if args.answers:
-        rows = read_questions(Path(args.answers), run.config)
-        known = questions_seen(rows, relocated(run.config, args.data_dir), "train").sum()
-        print(f"{known} of {len(rows)} questions of {args.answers} are in train")
+        rows = asked_rows(run, args.answers, args.data_dir)
         return tokenize(rows[:], run.tokenizer, run.config)[0], args.answers, len(rows)
     return last_split(data_of(run, args.data_dir))
 

@@ -86,14 +86,15 @@ def main(argv: list[str]) -> None:
     cells = cells_of(setting, given, folder)
     refuse(next(iter(cells.values())).config)
     n_failed = train_cells(list(cells.values()), jobs)
-    finished = {at: cell for at, cell in cells.items() if result_of(cell)}
-    whole = [arm for arm in setting.arms if all((arm, seed) in finished for seed in setting.seeds)]
-    for arm in (arm for arm in setting.arms if arm not in whole):
-        print(f"{arm} is left out: not all of its seeds are finished")
+    results = {at: result for at, cell in cells.items() if (result := result_of(cell))}
+    whole = [arm for arm in setting.arms if all((arm, seed) in results for seed in setting.seeds)]
+    for arm in setting.arms:
+        if arm not in whole:
+            print(f"{arm} is left out: not all of its seeds are finished")
     if not whole:
         fail("no arm is finished")
-    warn_of_dtypes(map(result_of, finished.values()))
-    found, about = search_all({at: cell for at, cell in finished.items() if at[0] in whole})
+    warn_of_dtypes(results.values())
+    found, about = search_all({at: cell for at, cell in cells.items() if at[0] in whole})
     about |= {"setting": names[0], "command": shlex.join(argv), **versions()}
     print("\n".join(table(found, about)))
     write_json(folder / "results.json", {"found": found, "provenance": about})

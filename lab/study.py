@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import CHOICES, Config, fail, find_recipe, parse_args, read_recipe
+from config import Config, fail, find_recipe, parse_args, read_recipe
 from data import files_of, load_data, questions_seen, read_questions
 from evaluate import Args, evaluate
 from generate import SHARES
@@ -94,12 +94,9 @@ def parse(argv: list[str]) -> Plan:
     [name] = names
     stage, jobs, asked = STAGES[name], given.pop("jobs", 1), given.pop("ask", "")
     choosing = {key: given.pop(key) for key in ("samples", "judge") if key in given}
-    scoring = given.pop("ask_score", "auto")
     if jobs < 1:
         fail(f"jobs={jobs} must be at least 1")
-    args = Args(score=scoring, **choosing)
-    if scoring not in CHOICES["score"]:
-        fail(f"ask_score={scoring} is not one of {', '.join(CHOICES['score'])}")
+    args = Args(score=given.pop("ask_score", "auto"), **choosing)
     if args.samples and not asked:
         fail(f"samples={args.samples} answers to what? --ask=val, test or a file of pairs")
     config = Config(**{**read_recipe(find_recipe(RECIPE)), **BASE, **given})
@@ -273,12 +270,11 @@ def ask(plan: Plan, runs: dict[str, list[Cell]], reference: str) -> list[str]:
         arm: [evaluate(load_run(cell.folder, device), args, autocast)[0] for cell in cells]
         for arm, cells in runs.items()
     }
-    first = next(iter(summaries.values()))[0]
-    keys = [key for key in SHARES if key in first]  # equivalent is there for regexes alone
+    seeds = next(iter(summaries.values()))  # every arm that is finished has them all
+    keys = [key for key in SHARES if key in seeds[0]]  # equivalent is there for regexes alone
     drawn = f", best of {args.samples + 1}, judge {args.judge:g}" if args.samples else ""
-    seeds = len(next(iter(summaries.values())))  # every arm that is finished has them all
-    lines = [f"| arm, n = {seeds}, on {first['n']} of {plan.ask}{drawn} | {' | '.join(keys)} | p |",
-             "|---|" + "---|" * (len(keys) + 1)]  # fmt: skip
+    head = f"| arm, n = {len(seeds)}, on {seeds[0]['n']} of {plan.ask}{drawn}"
+    lines = [f"{head} | {' | '.join(keys)} | p |", "|---|" + "---|" * (len(keys) + 1)]
     expected = [summary["exact"] for summary in summaries.get(reference, [])]
     for arm, of_seeds in summaries.items():
         shares = {key: [summary[key] for summary in of_seeds] for key in keys}

@@ -208,7 +208,7 @@ def run_to_a_line(main) -> None:
         raise SystemExit(130) from None
     except OSError as error:  # disk full, no right to write, ...
         fail(str(error))
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is one of the latter
         first = str(error).partition("\n")[0]
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and "can't allocate memory" not in first:  # which is how a CPU says it

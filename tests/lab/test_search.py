@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import error_line, sums
 
+import evaluate
 from alignment import alignment, embed_pairs
 from data import load_rows
 from lab import search
@@ -123,7 +124,7 @@ def test_equal_answers_are_one(run):
 def test_eval_on_a_file_counts_the_questions_that_were_trained_on(run, monkeypatch, capsys):
     known = sums(100)[:3] + sums(5, 900)
     Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
-    monkeypatch.setattr(search, "questions_seen", lambda rows, config, split: np.ones(3, bool))
+    monkeypatch.setattr(evaluate, "questions_seen", lambda rows, config, split: np.ones(3, bool))
     search.main(["out/tiny", "--eval", "--answers=asked.jsonl", "--device=cpu"])
     said = capsys.readouterr().out
     assert "3 of 8 questions of asked.jsonl are in train" in said
