@@ -44,6 +44,7 @@ class Sizes(NamedTuple):
     gpts: dict[str, dict[str, int]]  # name: what differs from the recipe gsm8k_jepa
     few: int  # rows of a step that is compared with the CPU's
     batch: int | None  # examples of a step of the pretrained model; None is its recipe's
+    warm: int  # steps before any that count: a GPU loads a kernel when a shape first asks for it
     rounds: int  # that count, of each comparison
     attention: tuple[tuple[int, int], ...]  # rows x tokens of question and answer
     generation: tuple[int, ...]  # batch sizes
@@ -54,10 +55,10 @@ CHECKED, OURS = "small GPT", "GPT 45M"
 FULL = Sizes(
     50304, {CHECKED: dict(n_layer=4, n_embd=256), OURS: {},
             "GPT-2 124M": dict(n_layer=12, n_head=12, n_embd=768, batch_size=64)},
-    4, None, 5, ((16, 160), (4, 1024), (2, 4096)), (1, 16, 64, 256), "inductor",
+    4, None, 30, 5, ((16, 160), (4, 1024), (2, 4096)), (1, 16, 64, 256), "inductor",
 )  # fmt: skip
 SMALL = dict(n_layer=1, n_head=2, n_embd=32, batch_size=4)
-TINY = Sizes(512, {CHECKED: SMALL, OURS: SMALL}, 2, 4, 1, ((2, 32),), (1, 4), "eager")
+TINY = Sizes(512, {CHECKED: SMALL, OURS: SMALL}, 2, 4, 1, 1, ((2, 32),), (1, 4), "eager")
 
 
 def in_a_line(work: Callable) -> tuple:
@@ -122,9 +123,10 @@ def items_of(lab: Lab) -> dict[str, Callable[[], dict]]:
             items[f"correct: {name}, {dtype}"] = partial(correct, lab, name, dtype)
         items[f"correct: {name}, cached generation"] = partial(cached, lab, name)
     items[f"correct: {CHECKED}, fp32, compiled"] = partial(correct, lab, CHECKED, "fp32", True)
-    for name in (*gpts[1:], last):
+    for name in gpts[1:]:
         for how in ("eager", "compiled"):
             items[f"steps: {name}, {how}"] = partial(steps, lab, name, how == "compiled")
+    items[f"steps: {last}, eager"] = partial(steps, lab, last, False)
     for B, T in lab.sizes.attention:
         items[f"attention: {B} x {T}"] = partial(attention, lab, B, T)
     for name in (last, gpts[-1]):
@@ -132,6 +134,8 @@ def items_of(lab: Lab) -> dict[str, Callable[[], dict]]:
     for name in (OURS, last):
         for B in lab.sizes.generation:
             items[f"generation: {name}, {B}"] = partial(generation, lab, name, B)
+    # The last, since compiling thirty layers took minutes.
+    items[f"steps: {last}, compiled"] = partial(steps, lab, last, True)
     return items
 
 
@@ -196,8 +200,9 @@ def cached(lab: Lab, name: str) -> dict:
             "right": rows == plain}  # fmt: skip
 
 
-def watched(lab: Lab, arms: timing.Arms, first: int = 0) -> dict[str, dict]:
-    """Seconds of each round and peak memory in GB of arms that take turns; nothing of a CPU's."""
+def watched(lab: Lab, arms: timing.Arms, warm: int) -> dict[str, dict]:
+    """Seconds of each round and peak memory in GB (none on a CPU) of arms that take turns, after
+    `warm` steps that do not count."""
     device, peak = lab.setup.device, {}
 
     def with_peak(name, work, step):
@@ -209,9 +214,10 @@ def watched(lab: Lab, arms: timing.Arms, first: int = 0) -> dict[str, dict]:
     on_cuda = device.type == "cuda"
     works = {name: partial(with_peak, name, work) if on_cuda else work
              for name, work in arms.items()}  # fmt: skip
-    numbers = list(range(first, first + lab.sizes.rounds + 1))
+    numbers = list(range(warm + lab.sizes.rounds))
     rounds = timing.take_turns("rounds", works, numbers, device)
-    return {name: {"rounds": seen, "peak_gb": peak.get(name)} for name, seen in rounds.items()}
+    return {name: {"rounds": seen[-lab.sizes.rounds:], "peak_gb": peak.get(name)}
+            for name, seen in rounds.items()}  # fmt: skip
 
 
 def steps(lab: Lab, name: str, compiles: bool) -> dict:
@@ -229,9 +235,7 @@ def steps(lab: Lab, name: str, compiles: bool) -> dict:
     works = {arm: partial(work, arm) for arm in arms}
     timing.take_turns("steps", works, [0], lab.setup.device)
     first, graphs = time.perf_counter() - before, graphs_made()
-    # Most of what is compiled again, is here.
-    timing.take_turns("steps", works, [1, 2], lab.setup.device)
-    seen = watched(lab, works, 3)
+    seen = watched(lab, works, lab.sizes.warm)
     result = {"batch": arms["JEPA"].batch_size, "first_seconds": first,
               "recompilations": graphs_made() - graphs if compiles else None, "arms": {},
               "jepa_over_ce": timing.quartiles_of(
@@ -311,7 +315,8 @@ def two_rows(lab: Lab, name: str) -> dict:
     for arm, make in (("one row", ours), ("two rows, padded to 512", partial(official, True)),
                       ("two rows, no padding to 512", partial(official, False))):  # fmt: skip
         work = make()
-        seen = watched(lab, {arm: (lambda step, work=work: work(step) and EXAMPLES)})[arm]
+        arms = {arm: (lambda step, work=work: work(step) and EXAMPLES)}
+        seen = watched(lab, arms, lab.sizes.warm)[arm]
         result[arm] = {"examples_per_second": timing.quartiles_of(timing.rate(seen["rounds"])),
                        "peak_gb": seen["peak_gb"]}  # fmt: skip
         del work
@@ -323,6 +328,6 @@ def generation(lab: Lab, name: str, B: int) -> dict:
     """Greedy, bench.NEW_TOKENS for each of B questions."""
     model = lab.model(name).eval()
     arms = bench.generation_arms(lab.setup, model, questions(lab, B), bench.NEW_TOKENS)
-    seen = watched(lab, {"ours": arms["ours"]})["ours"]
+    seen = watched(lab, {"ours": arms["ours"]}, 1)["ours"]  # all rounds are the same rows
     return {"tokens_per_second": timing.quartiles_of(timing.rate(seen["rounds"])),
             "peak_gb": seen["peak_gb"]}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What one CUDA GPU makes of this project; meant to take under nine minutes.
+"""What one CUDA GPU makes of this project.
 
     python -m lab.gpu_report [--budget=170] [--out_dir=out] [--trunk=...]
 
@@ -164,7 +164,7 @@ def steps_lines(items: dict, report: dict) -> list[str]:
         again = item["recompilations"]
         for arm, about in item["arms"].items():
             tflops = about["tflops"]["median"]
-            share = f" ({tflops / peak:.0%})" if peak else ""
+            share = f" ({tflops / peak:.1%})" if peak else ""
             rows.append([f"{name}, {item['batch']}", arm, f"{tflops:.3g}{share}",
                          f"{about['tokens_per_second']['median']:,.0f}", gigabytes(about)])
         ratio = bench_tables.shown(item["jepa_over_ce"])

@@ -299,7 +299,7 @@ def test_the_last_layer_computes_only_positions_read():
     read = nowhere(batch.idx)
     read.view(-1)[torch.randperm(B * S)[:n]] = True
     mask, positions = block_causal_mask(batch.block, gpt.sees)
-    found = gpt.layers(gpt.embed(batch.idx), positions, mask, read=read)
+    found = gpt.layers(gpt.embed(batch.idx), positions, mask, read=read.nonzero(as_tuple=True))
     assert n < B * S and found.shape == (n, 32)
     assert shapes["h.1.attn.c_attn"] == (B, S, 96)  # keys and values of all are needed
     for name in ("attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):

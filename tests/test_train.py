@@ -751,3 +751,24 @@ def test_compiled_model_gives_the_same_gradients(tiny_run, monkeypatch, capsys):
     assert all(p.grad is None for p in model.parameters())
     assert_close(step_gradients(model, pairs)[0], want)
     assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+def test_with_a_gpus_kernels_rows_of_any_length_share_their_graphs(tiny_run, monkeypatch):
+    """One graph before each of the two places where positions are counted, and one after them."""
+    monkeypatch.setattr("model.summed_cross_entropy",
+                        lambda logits, y: F.cross_entropy(logits, y, reduction="sum"))
+    monkeypatch.setattr("model.mask_for", lambda x, mask: mask)
+    _, pairs, model = setup(n_layer=1)
+    t, graphs, shapes = training(model, pairs), [], set()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model.compile(dynamic=True, backend=backend)
+    for step in range(4):
+        train.train_step(t, step)
+        shapes.add(train.plan(t, step, 0).batch.idx.shape)
+        assert len(graphs) == 3
+    assert len(shapes) > 1

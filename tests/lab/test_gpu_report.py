@@ -23,9 +23,10 @@ from tiny_models import tiny_folder
 ITEMS = [
     *(f"correct: {name}, {what}" for name in ("small GPT", "tiny")
       for what in ("fp32", "bf16", "cached generation")), "correct: small GPT, fp32, compiled",
-    *(f"steps: {name}, {how}" for name in ("GPT 45M", "tiny") for how in ("eager", "compiled")),
+    "steps: GPT 45M, eager", "steps: GPT 45M, compiled", "steps: tiny, eager",
     "attention: 2 x 32", "two rows: tiny", "two rows: GPT 45M",
     *(f"generation: {name}, {B}" for name in ("GPT 45M", "tiny") for B in (1, 4)),
+    "steps: tiny, compiled",
 ]  # fmt: skip
 FAILING = "generation: tiny, 1"
 
@@ -127,7 +128,7 @@ def test_the_page_is_made_of_the_json_alone_in_narrow_tables(parts):
     on_a_card["items"]["attention: 2 x 32"]["right"] = False
     page = gpu_report.page_of(on_a_card)
     assert "not known" in parts.page and "not known" not in page
-    assert "(0%)" in page and "3.25" in page and "**NO**" in page
+    assert "(0.0%)" in page and "3.25" in page and "**NO**" in page
     assert "- attention: 2 x 32: it ran, and its result is wrong" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) > 20 and all(row.count("|") <= 7 for row in rows)
