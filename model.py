@@ -139,7 +139,7 @@ class Trunk(nn.Module):
         Args:
             x: (B, T, C); position_ids: (B, T); attn_mask: (B, T, S) bool, True = may attend.
             cache: of `new_cache`, with the S - T tokens before these; these are added to it.
-            read: the N positions that are wanted, as (rows, columns), (N,) each; None is all.
+            read: index of the N positions wanted, (rows, columns) or (B, T) bool; None is all.
             streams: a list; what enters each layer is put there, (B, T, C) each, read through the
                 final norm as the last one's output is.
         Returns:
@@ -177,7 +177,7 @@ class Trunk(nn.Module):
         idx, block, targets, _ = batch
         attn_mask, position_ids = block_causal_mask(block, self.sees)  # (B, T, T), (B, T)
         labelled = torch.zeros_like(read) if targets is None else targets != -1
-        # Counted here, once: a compiler splits the graph wherever a size depends on values.
+        # Listed here, once: a compiler splits the graph wherever a size depends on values.
         wanted = (labelled | read).nonzero(as_tuple=True)  # (N,), (N,)
         with_label = labelled[wanted].nonzero(as_tuple=True)  # (labels,) of the N
         x = self.embed(idx)  # (B, T, C)
@@ -263,7 +263,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, mask, cache=None, read=None):
-        """(B, T, C) -> (B, T, C), or of the N positions to read alone: (N, C)."""
+        """(B, T, C) -> (B, T, C); with read, an index of N positions, (N, C) of these alone."""
         y = self.attn(self.ln_1(x), mask, cache, read)  # (B, T, C) or (N, C)
         x = (x if read is None else x[read]) + y  # the residual stream, of the same positions
         return x + self.mlp(self.ln_2(x))

@@ -14,7 +14,7 @@ pred_rate = 10.0
 eval_interval = 60
 log_interval = 10
 eval_pairs = 128
-compile = False  # on an H100, compiling its thirty layers took 224 s, longer than all these steps
+compile = False  # on an H100, compiling its thirty layers took 224 s: longer than these steps
 
 jepa_loss = "cosine"
 jepa_weight = 0.3

@@ -1,7 +1,7 @@
 """What gpu_report.py measures: a model at a time, each item a function that returns its figures.
 
     Lab       the models, rows and device of all items
-    items_of  the items by name, the most important first
+    items_of  the items by name, the most important first, the longest to compile last
 """
 
 import contextlib
@@ -116,7 +116,7 @@ class Lab:
 
 
 def items_of(lab: Lab) -> dict[str, Callable[[], dict]]:
-    """What is measured, by name, the most important first."""
+    """What is measured, by name, the most important first, the longest to compile last."""
     gpts, last, items = list(lab.sizes.gpts), lab.pretrained, {}
     for name in (CHECKED, last):
         for dtype in LIMITS:
@@ -201,8 +201,8 @@ def cached(lab: Lab, name: str) -> dict:
 
 
 def watched(lab: Lab, arms: timing.Arms, warm: int) -> dict[str, dict]:
-    """Seconds of each round and peak memory in GB (none on a CPU) of arms that take turns, after
-    `warm` steps that do not count."""
+    """Of arms that take turns: seconds of each counted round, after `warm` (1 or more) that do not
+    count, and peak memory in GB over all of them (none on a CPU)."""
     device, peak = lab.setup.device, {}
 
     def with_peak(name, work, step):

@@ -13,8 +13,9 @@ from plumbing.files import HELD
 from plumbing.output import stops
 from plumbing.processes import Processes
 
-# What tests claim holds on a CPU; so what they start sees no GPU. lab/gpu_report.py tests that.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Tests make claims about a CPU: neither they nor what they start shall see an NVIDIA GPU.
+# lab/gpu_report.py checks one. Windows takes an empty value for none.
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 # Tiny matrices: a second thread costs more than it brings, and bit-equality needs a fixed number.
 torch.set_num_threads(1)

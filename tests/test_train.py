@@ -758,6 +758,7 @@ def test_with_a_gpus_kernels_rows_of_any_length_share_their_graphs(tiny_run, mon
     monkeypatch.setattr("model.summed_cross_entropy",
                         lambda logits, y: F.cross_entropy(logits, y, reduction="sum"))
     monkeypatch.setattr("model.mask_for", lambda x, mask: mask)
+    monkeypatch.setattr("model.attend", F.scaled_dot_product_attention)
     _, pairs, model = setup(n_layer=1)
     t, graphs, shapes = training(model, pairs), [], set()
 
