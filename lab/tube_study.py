@@ -374,7 +374,7 @@ def draw(found: dict[str, Any]):
                                 [100 * (of["interval"][1] - of["difference"])]],
                           label="mean, 95 % interval")  # fmt: skip
         contrast.axvline(100 * WORTH, color="C2", lw=1, ls="--", label="worth something")
-        contrast.set_title(f"{of['arm']} less λ = 0, {of['length']:,} steps", fontsize=9)
+        contrast.set_title(f"{of['arm']} less λ = 0, compute of {of['length']:,} steps", fontsize=9)
         contrast.legend(frameon=False, fontsize=8)
     contrast.axvline(0, color="black", lw=0.8)
     contrast.set(xlabel="difference in exact match on the test, points", yticks=[])
