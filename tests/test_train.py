@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Gradients, error_line, sums, training
+from conftest import TINY, Gradients, error_line, patch_in_kernels_of_a_gpu, sums, training
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -755,10 +755,7 @@ def test_compiled_model_gives_the_same_gradients(tiny_run, monkeypatch, capsys):
 
 def test_with_a_gpus_kernels_rows_of_any_length_share_their_graphs(tiny_run, monkeypatch):
     """One graph before each of the two places where positions are counted, and one after them."""
-    monkeypatch.setattr("model.summed_cross_entropy",
-                        lambda logits, y: F.cross_entropy(logits, y, reduction="sum"))
-    monkeypatch.setattr("model.mask_for", lambda x, mask: mask)
-    monkeypatch.setattr("model.attend", F.scaled_dot_product_attention)
+    patch_in_kernels_of_a_gpu(monkeypatch)
     _, pairs, model = setup(n_layer=1)
     t, graphs, shapes = training(model, pairs), [], set()
 

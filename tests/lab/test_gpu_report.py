@@ -10,10 +10,8 @@ from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import error_line
+from conftest import error_line, patch_in_kernels_of_a_gpu
 
-import model
 from lab import gpu_items, gpu_report, timing
 from lab.peers import peer_of
 
@@ -67,10 +65,7 @@ def parts(tmp_path_factory, rows_made_once):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_report, "items_of", with_one_that_fails)
-        patch.setattr(model, "summed_cross_entropy",
-                      lambda logits, targets: F.cross_entropy(logits, targets, reduction="sum"))
-        patch.setattr(model, "attend", F.scaled_dot_product_attention)
-        patch.setattr(model, "mask_for", lambda x, mask: mask)
+        patch_in_kernels_of_a_gpu(patch)
         yield Parts(tmp_path_factory.mktemp("gpu"))
 
 
